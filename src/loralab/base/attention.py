@@ -1,0 +1,142 @@
+"""Attention as Transformers calls it, registered there under the name `loralab`.
+
+`document_mask(lengths)` travels in the slot of the attention mask: an integer tensor (1, 1, 1, documents), which
+Transformers hands to every layer untouched, as it does with any 4-D mask. Every token then sees its own document only.
+Without it, attention is Transformers' `sdpa`; for models that cap their scores, which `sdpa` refuses, plain matrix products.
+"""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from loralab.base.tiles import document_attention
+from loralab.errors import ModelError
+
+NAME = "loralab"
+
+_lengths_of: MutableMapping[Tensor, tuple[int, ...]] = WeakTensorKeyDictionary()
+
+
+def document_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, "1 1 1 documents"]:
+    """Make the attention mask of a packed row: the tokens of each document, in order.
+
+    Pass it as `attention_mask` with `position_ids` that restart in every document and `use_cache=False`.
+    """
+    mask = torch.tensor(tuple(lengths), dtype=torch.int32, device=device).view(1, 1, 1, -1)
+    _lengths_of[mask] = tuple(lengths)
+    return mask
+
+
+def _document_lengths(mask: Tensor) -> tuple[int, ...]:
+    # A mask that was copied on its way (to another device, say) is read once per forward pass, not once per layer.
+    if mask not in _lengths_of:
+        _lengths_of[mask] = tuple(mask.flatten().tolist())
+    return _lengths_of[mask]
+
+
+def attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch H rows D"],
+    key: Float[Tensor, "batch G columns D"],
+    value: Float[Tensor, "batch G columns D"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "batch rows H D"], None]:
+    """Attend as Transformers asks its attention functions to: packed where the mask is a document mask, else as `sdpa`.
+
+    Raises:
+        ModelError: a packed row with a cache, several rows, or attention sinks or position biases.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype is torch.bool):
+        lengths = _document_lengths(attention_mask)
+        _refuse_unpackable(query, key, lengths, others)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = document_attention(
+            *rows, lengths, causal=causal, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout
+        )
+        return out[None], None
+    if softcap is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _capped(query, key, value, attention_mask, causal, scale, softcap, dropout), None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+    )
+    return found
+
+
+def _refuse_unpackable(query: Tensor, key: Tensor, lengths: tuple[int, ...], others: dict[str, Any]) -> None:
+    fix = "set data.packing=false"
+    for name in ("position_bias", "s_aux"):
+        if others.get(name) is not None:
+            raise ModelError(f"this model's attention uses `{name}`, which packed documents do not support", fix=fix)
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == sum(lengths):
+        raise ModelError(
+            f"the documents have {sum(lengths)} tokens, but attention sees {query.shape[0]} rows of {query.shape[2]}"
+            f" queries and {key.shape[2]} keys",
+            fix="pass one row, the lengths of all its documents, and use_cache=False",
+        )
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    dropout: float,
+) -> Float[Tensor, "batch rows H D"]:
+    """Attend with capped scores to what `sdpa`'s mask shows; no mask means causal from the first key on, or all."""
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None and causal and rows > 1:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril_()[None, None]
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = softcap * torch.tanh(grouped @ key[:, :, None].transpose(-1, -2) * (scale / softcap))
+    if mask is not None and mask.dtype is torch.bool:
+        # The lowest number, not -inf: a row of padding that sees nothing must not become NaN.
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask[:, :, None]
+    P = nn.functional.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), dropout)
+    return (P @ value[:, :, None]).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> bool:
+    """Prove on the model itself that packed documents do not see each other and read their own positions.
+
+    A document must have the same hidden states behind another document as alone. False for models with a state that runs
+    along the row, with attention of their own, or with unusual positions: they need one document per row.
+    """
+    if model.config._attn_implementation != NAME or model._is_stateful:
+        return False
+    inner, was_training = model.base_model.eval(), model.training
+    tokens = torch.arange(3, 12, device=model.device)[None] % model.config.get_text_config().vocab_size
+    lengths = (4, 5)
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
+    mask = document_mask(lengths, model.device)
+    try:
+        alone = inner(input_ids=tokens[:, 4:], use_cache=False).last_hidden_state
+        both = inner(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    finally:
+        model.train(was_training)
+    tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
+    return bool((both[:, 4:] - alone).abs().max() <= tolerance)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,213 @@
+"""What a person sees: live progress, plain lines where there is no terminal, and tables."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_LINES = 20
+"""About how many progress lines a run prints where there is no terminal."""
+
+
+def console() -> Console:
+    """Give the console on standard output."""
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON for other programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> Table:
+    """Make a table; numbers stand to the right."""
+    made = Table(*[], title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    rows = [list(row) for row in rows]
+    for i, header in enumerate(headers):
+        numeric = all(_is_numeric(row[i]) for row in rows)
+        made.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*[shown(cell) for cell in row])
+    return made
+
+
+def _is_numeric(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
+
+
+def shown(value: Any) -> str:
+    """Write a value for a person: four significant digits, a dash for nothing."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def size(num_bytes: float) -> str:
+    """Write a number of bytes for a person."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+class LiveDisplay:
+    """One block that stays in place: progress, loss, last scores, learning rate, memory, time left."""
+
+    def __init__(self, out: Console | None = None) -> None:
+        self.out = out or console()
+        self._line: dict[str, Any] = {}
+        self._scores: dict[str, float] = {}
+        self._live: Live | None = None
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        self.out.print(_facts_line(facts))
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.out,
+        )
+        self._task = self._progress.add_task("train", total=facts["total_steps"], completed=facts["step"])
+        self._live = Live(self._block(), console=self.out, refresh_per_second=4)
+        self._live.start()
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        self._line = line
+        self._progress.update(self._task, completed=line["step"], total=total_steps)
+        if self._live:
+            self._live.update(self._block())
+
+    def scores(self, step: int, scores: Sequence[Any]) -> None:
+        self._scores = {score.name: score.value for score in scores}
+        if self._live:
+            self._live.update(self._block())
+
+    def note(self, message: str) -> None:
+        self.out.print(message)
+
+    def end(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _block(self) -> Group:
+        return Group(self._progress, Text(_step_text(self._line)), Text(_scores_text(self._scores)))
+
+
+class PlainDisplay:
+    """One line every so often: for logs and pipes."""
+
+    def __init__(self, out: Console | None = None) -> None:
+        self.out = out or Console(highlight=False, soft_wrap=True)
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        self.out.print(_facts_line(facts))
+        self._every = max(1, facts["total_steps"] // PLAIN_LINES)
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        if line["step"] % self._every == 0 or line["step"] == total_steps:
+            self.out.print(f"step {line['step']}/{total_steps}  {_step_text(line)}")
+
+    def scores(self, step: int, scores: Sequence[Any]) -> None:
+        self.out.print(f"step {step}  {_scores_text({score.name: score.value for score in scores})}")
+
+    def note(self, message: str) -> None:
+        self.out.print(message)
+
+    def end(self) -> None:
+        pass
+
+
+class SilentDisplay:
+    """Nothing: for tests and for programs that read the run folder."""
+
+    def begin(self, facts: dict[str, Any]) -> None: ...
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None: ...
+
+    def scores(self, step: int, scores: Sequence[Any]) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def display() -> LiveDisplay | PlainDisplay:
+    """Choose the live block on a terminal, plain lines elsewhere."""
+    out = console()
+    return LiveDisplay(out) if out.is_terminal else PlainDisplay()
+
+
+def _facts_line(facts: dict[str, Any]) -> str:
+    where = f"{facts['folder']}  {facts['method']} on {facts['model']} ({facts['device']}, {facts['dtype']})"
+    share = f"{facts['trained_parameters']:,} of {facts['all_parameters']:,} numbers train ({facts['share']:.2%})"
+    start = f", going on from step {facts['step']}" if facts["step"] else ""
+    return f"{where}\n{share}, {facts['total_steps']} steps{start}"
+
+
+def _step_text(line: dict[str, Any]) -> str:
+    if not line:
+        return ""
+    rate = max(line["learning_rate"].values())
+    return (
+        f"loss {line['loss']:.4f}  |g| {line['gradient_norm']:.3g}  lr {rate:.2e}  "
+        f"{line['tokens_per_s']:,.0f} tokens/s  {size(line['peak_bytes'])}"
+    )
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def check_lines(found: Any) -> list[str]:
+    """Write what `check` found, in Rich's markup."""
+    attachment, memory = found.attachment, found.memory
+    names = ", ".join(attachment.layers[:3]) + (" …" if len(attachment.layers) > 3 else "")
+    written = [
+        "",
+        f"[bold]run[/bold] {found.spec.folder_name}: {found.total_steps} steps",
+        f"[bold]targets[/bold] {len(attachment.layers)} ({names}), {attachment.trained_parameters:,} of "
+        f"{attachment.all_parameters:,} numbers train ({attachment.share:.2%})",
+    ]
+    for name, counts in found.counts.items():
+        total = counts["total"]
+        lost = ", ".join(f"{total[key]} {key}" for key in ("empty", "dropped", "truncated", "split") if total[key])
+        written.append(
+            f"[bold]{name}[/bold] {total['examples']:,} examples of {total['rows']:,} rows, {total['tokens']:,} tokens, "
+            f"{total['labelled']:,} with a loss" + (f"; {lost}" if lost else "")
+        )
+    stop = ", ".join(f"{token} ×{count}" for token, count in found.stop.stops.items()) or "none"
+    if found.stop.runs:
+        verdict = (
+            "every completion ends with a labelled stop token"
+            if found.stop.holds
+            else (
+                "[bold red]not every completion ends with a labelled stop token: the model may not learn to stop[/bold red]"
+            )
+        )
+        written.append(f"[bold]stop[/bold] {verdict} (of {found.stop.runs} looked at: {stop})")
+    written.append(
+        f"[bold]memory[/bold] about {size(memory.total)}: weights {size(memory.weights)}, trained {size(memory.trained)}, "
+        f"activations {size(memory.activations)}, logits {size(memory.logits)}"
+        + (f"; measured peak of two steps {size(found.measured_bytes)}" if found.measured_bytes else "")
+    )
+    for runs in found.examples:
+        written += ["", "[bold]example[/bold] (a loss is taken on what stands in green)", _coloured(runs)]
+    return written
+
+
+def _coloured(runs: list[tuple[str, bool]]) -> str:
+    return "".join(
+        f"[green]{escape(text)}[/green]" if labelled else f"[dim]{escape(text)}[/dim]" for text, labelled in runs
+    )

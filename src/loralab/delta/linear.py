@@ -1,0 +1,188 @@
+"""A frozen linear layer with low-rank pairs beside it, and the autograd that keeps it lean.
+
+Legend: x (tokens, in), W (out, in) frozen, A (rank, in), B (out, rank), s (rank) the pairs' scales,
+h = s · (x Aᵀ) (tokens, rank), y = x Wᵀ + bias + h Bᵀ.
+
+Cost per call beyond the base GEMM: two r-wide GEMMs forward, four backward. Saved for backward: x once (a tensor shared by
+q, k, v is stored once) and h. The scale touches (tokens, rank) only; the low-rank part is added into the base output in
+place. Master A and B stay float32; the r-wide factors, not x, are cast to the compute dtype.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.delta.lowrank import LowRank
+
+
+class Pair(nn.Module):
+    """One named low-rank pair: A (rank, in), B (out, rank), and the scale of their product."""
+
+    def __init__(self, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scale: float) -> None:
+        super().__init__()
+        self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
+
+    def layer_delta(self) -> LowRank:
+        """Give the pair as detached float32 tensors."""
+        return LowRank(self.A.detach(), self.B.detach(), self.scale)
+
+
+class LowRankModule(nn.Module):
+    """A frozen module and its pairs; `active` names those that take part in the next forward pass."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.pairs = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+
+    def add_pair(self, name: str, pair: Pair) -> None:
+        """Put a pair beside the layer and make it active."""
+        self.pairs[name] = pair
+        self.active = (*self.active, name)
+
+    def pair(self, name: str) -> Pair:
+        """Give one pair by name."""
+        found = self.pairs[name]
+        assert isinstance(found, Pair)
+        return found
+
+    def stacked(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], list[float]]:
+        """Give the active pairs as one: A stacked by rows, B by columns, one scale for each row of A."""
+        pairs = [self.pair(name) for name in self.active]
+        scales = [pair.scale for pair in pairs for _ in range(pair.A.shape[0])]
+        if len(pairs) == 1:
+            return pairs[0].A, pairs[0].B, scales
+        return torch.cat([p.A for p in pairs]), torch.cat([p.B for p in pairs], dim=1), scales
+
+
+class LowRankLinear(LowRankModule):
+    """A frozen linear layer (nn.Linear, Conv1D or quantised) with named low-rank pairs.
+
+    Paper: Hu et al. 2021 (2106.09685), eq. 3. Here: several pairs act as one stacked pair; dropout on the input of A
+    regenerates its mask in backward from a saved seed instead of storing it.
+    """
+
+    def __init__(self, base: nn.Module, weight: Float[Tensor, "out in"] | None, dropout: float = 0.0) -> None:
+        """Wrap `base`; `weight` is its (out, in) view, or None where the base must be called (quantised layers)."""
+        super().__init__(base)
+        self.dropout = dropout
+        self._transposed = weight is not None and weight is not getattr(base, "weight", None)
+        self._callable_only = weight is None
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if not self.active:
+            return self.base(x)
+        A, B, scales = self.stacked()
+        dropout = self.dropout if self.training else 0.0
+        if self._callable_only:
+            return self._through_base(x, A, B, scales, dropout)
+        weight = self.base.weight.t() if self._transposed else self.base.weight
+        scale = A.new_tensor(scales) if len(set(scales)) > 1 else scales[0]
+        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        return _LowRankLinear.apply(x, weight, self.base.bias, A, B, scale, dropout, seed)
+
+    def _through_base(self, x: Tensor, A: Tensor, B: Tensor, scales: list[float], dropout: float) -> Tensor:
+        """Do the same with plain autograd where only the base itself can multiply by its weight."""
+        y = self.base(x)
+        h = F.linear(F.dropout(x, dropout), A.to(x.dtype)) * x.new_tensor(scales)
+        return y + F.linear(h, B.to(x.dtype)).to(y.dtype)
+
+
+class LowRankEmbedding(LowRankModule):
+    """A frozen embedding with low-rank pairs: row i of the table gains scale · B A[:, i].
+
+    Legend: A (rank, vocab), B (dim, rank), as PEFT stores them in `lora_embedding_A` and `lora_embedding_B`.
+    """
+
+    def forward(self, ids: Tensor) -> Float[Tensor, "*batch dim"]:
+        rows = self.base(ids)
+        if not self.active:
+            return rows
+        A, B, scales = self.stacked()
+        h = F.embedding(ids, A.t()) * A.new_tensor(scales)
+        gain = getattr(self.base, "embed_scale", 1.0)
+        return rows + (F.linear(h, B) * gain).to(rows.dtype)
+
+
+def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Zero entries of x with probability `dropout` and rescale the rest: the same mask for the same seed."""
+    if not dropout:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
+    return x * keep.mul_(1 / (1 - dropout))
+
+
+def _compute_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Compute y (tokens, out) and h (tokens, rank) for x (tokens, in)."""
+    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    h = torch.mm(_dropped(x, dropout, seed), A.to(x.dtype).t()).mul_(scale)
+    y.addmm_(h, B.to(x.dtype).t())
+    return y, h
+
+
+# One opaque operator, so that selective recomputation keeps its outputs and torch.compile does not look inside.
+_library = torch.library.Library("loralab", "DEF")
+_library.define(
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scale, float dropout, int seed)"
+    " -> (Tensor, Tensor)"
+)
+_library.impl("low_rank_linear", _compute_forward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("loralab::low_rank_linear", lib=_library)
+def _fake_forward(x: Tensor, weight: Tensor, bias: Any, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], A.shape[0])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ, saving x and h; gradients for x, bias, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: Any,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+        y, h = torch.ops.loralab.low_rank_linear(flat, weight, bias, A, B, scale, dropout, seed)
+        ctx.save_for_backward(flat, h, weight, A, B, scale)
+        ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, h, weight, A, B, scale = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = dbias = dA = dB = None
+        if needs_B:
+            dB = torch.mm(dy.t(), h).to(B.dtype)
+        if needs_A or needs_x:
+            dh = torch.mm(dy, B.to(dy.dtype)).mul_(scale)
+        if needs_A:
+            dA = torch.mm(dh.t(), _dropped(x, ctx.dropout, ctx.seed)).to(A.dtype)
+        if needs_x:
+            dx = torch.mm(dy, weight)
+            if ctx.dropout:
+                dx += _dropped(torch.mm(dh, A.to(dy.dtype)), ctx.dropout, ctx.seed)
+            else:
+                dx.addmm_(dh, A.to(dy.dtype))
+            dx = dx.view(ctx.shape)
+        if needs_bias:
+            dbias = dy.sum(0)
+        return dx, None, dbias, dA, dB, None, None, None

@@ -1,0 +1,210 @@
+"""Deltas on disk: stock PEFT folders for low-rank ones, Hugging Face checkpoints for dense ones.
+
+A PEFT folder written here loads in PEFT, vLLM and Transformers as it is; one written by PEFT (plain LoRA, rank-stabilised,
+per-layer ranks, embeddings, modules trained whole) loads here. Beside it lies `loralab.json` with the base's fingerprint.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from loralab.delta.layers import shape_of
+from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
+from loralab.errors import DeltaError
+from loralab.run.folder import write_atomic, write_json
+
+PREFIX = "base_model.model."
+WEIGHTS, ADAPTER, OURS = "adapter_model.safetensors", "adapter_config.json", "loralab.json"
+_FACTORS = re.compile(r"^(?P<layer>.+)\.(?P<embedding>lora_embedding_|lora_)(?P<factor>[AB])(\.weight)?$")
+
+
+def save_lowrank(folder: Path, delta: Delta, base_path: str, *, others: Iterable[str] = ()) -> None:
+    """Write a low-rank delta as a stock PEFT folder.
+
+    Args:
+        folder: made if missing; its files are replaced whole.
+        delta: every layer a pair.
+        base_path: written as `base_model_name_or_path`.
+        others: names of further layers of the model, so that short target names never match one of them.
+
+    Raises:
+        DeltaError: a layer is dense.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in delta.items():
+        if not isinstance(layer, LowRank):
+            raise DeltaError("a dense delta does not fit an adapter", where=name, fix="save it as a checkpoint")
+        embedding = name in delta.embeddings
+        kind, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
+        tensors[f"{PREFIX}{name}.{kind}A{end}"] = layer.A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.{kind}B{end}"] = layer.B.detach().cpu().contiguous()
+    for name, value in delta.whole.items():
+        tensors[PREFIX + name] = value.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_json(folder / ADAPTER, _adapter_json(delta, base_path, others))
+    write_json(folder / OURS, {"base_fingerprint": delta.base_fingerprint})
+
+
+def _adapter_json(delta: Delta, base_path: str, others: Iterable[str]) -> dict[str, Any]:
+    pairs = {name: layer for name, layer in delta.items() if isinstance(layer, LowRank)}
+    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0] if pairs else 1
+    scale = Counter(pair.scale for pair in pairs.values()).most_common(1)[0][0] if pairs else 1.0
+    alpha = scale * rank
+    whole = sorted({name.rpartition(".")[0] for name in delta.whole})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "target_modules": _short_names(list(pairs), list(others)),
+        "modules_to_save": whole or None,
+        "rank_pattern": {_exactly(name): pair.rank for name, pair in pairs.items() if pair.rank != rank},
+        "alpha_pattern": {
+            _exactly(name): pair.scale * pair.rank for name, pair in pairs.items() if pair.scale * pair.rank != alpha
+        },
+    }
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _short_names(names: list[str], others: list[str]) -> list[str]:
+    """Name targets by their last part (as vLLM expects) where that part means no other layer of the model."""
+    foreign = {other.rpartition(".")[2] for other in others if other not in set(names)}
+    return sorted({name if (leaf := name.rpartition(".")[2]) in foreign else leaf for name in names})
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds a PEFT adapter."""
+    return (folder / ADAPTER).is_file()
+
+
+def load_lowrank(folder: Path) -> Delta:
+    """Read a PEFT folder of plain LoRA pairs.
+
+    Raises:
+        DeltaError: no adapter there, a damaged file, or a kind of tuner that is not scale · B A.
+    """
+    facts = _read_json(folder / ADAPTER)
+    if facts.get("peft_type") != "LORA" or facts.get("use_dora"):
+        kind = "DoRA" if facts.get("use_dora") else str(facts.get("peft_type"))
+        raise DeltaError(
+            f"this adapter is {kind}, not a plain low-rank pair",
+            where=str(folder),
+            fix="merge it with the peft library and load the merged checkpoint as a dense delta",
+        )
+    tensors = _read_tensors(folder / WEIGHTS)
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if found := _FACTORS.match(name):
+            factors.setdefault(found["layer"], {})[found["factor"]] = value
+            if found["embedding"] == "lora_embedding_":
+                embeddings.add(found["layer"])
+        else:
+            whole[name] = value
+    layers: dict[str, LayerDelta] = {}
+    for name, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise DeltaError("the adapter holds only one factor of this layer", where=f"{folder / WEIGHTS}: {name}")
+        layers[name] = LowRank(pair["A"], pair["B"], _scale(name, pair["A"].shape[0], facts))
+    ours = _read_json(folder / OURS) if (folder / OURS).is_file() else {}
+    return Delta(layers, whole, ours.get("base_fingerprint"), frozenset(embeddings))
+
+
+def _scale(name: str, rank: int, facts: dict[str, Any]) -> float:
+    alpha = facts.get("lora_alpha", 8)
+    for pattern, value in (facts.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    return float(alpha / math.sqrt(rank)) if facts.get("use_rslora") else float(alpha / rank)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeltaError("no adapter here", where=str(path), fix="name a folder with adapter_config.json") from None
+    except ValueError as error:
+        raise DeltaError(f"this file is not JSON: {error}", where=str(path)) from None
+    return dict(found)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (FileNotFoundError, SafetensorError, OSError) as error:
+        raise DeltaError(
+            f"these weights cannot be read: {error}", where=str(path), fix="copy or train the adapter again"
+        ) from None
+
+
+def check_base(delta: Delta, model: nn.Module, fingerprint: str | None) -> None:
+    """Refuse a delta whose layers do not fit the model.
+
+    Raises:
+        DeltaError: a layer is missing or has another shape; the first three are named. Same shapes but another
+            fingerprint is refused too: the numbers would be meaningless.
+    """
+    wrong = []
+    for name, layer in delta.items():
+        try:
+            shape: tuple[int, ...] = shape_of(model.get_submodule(name))
+        except AttributeError:
+            wrong.append(f"{name} is missing")
+            continue
+        if layer.shape != shape:
+            wrong.append(f"{name} is {shape}, the delta has {layer.shape}")
+    fix = "use the base that the delta was trained on"
+    if wrong:
+        raise DeltaError("this delta belongs to another base", where="; ".join(wrong[:3]), fix=fix)
+    if fingerprint and delta.base_fingerprint and fingerprint != delta.base_fingerprint:
+        raise DeltaError(
+            "this delta was trained on other base weights",
+            where=f"trained on {delta.base_fingerprint[:12]}, this base is {fingerprint[:12]}",
+            fix=fix,
+        )
+
+
+def difference(
+    tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], layers: Mapping[str, bool], fingerprint: str | None = None
+) -> Delta:
+    """Give the dense delta between two sets of parameters, in float32 and without a gradient.
+
+    Args:
+        tuned: parameter name → tuned value, those that moved.
+        base: the same names before.
+        layers: module names whose `.weight` counts as a weight matrix → whether it is stored as (in, out), as Conv1D
+            does; other parameters go to `whole`.
+        fingerprint: of the base.
+    """
+    matrices = {f"{name}.weight": name for name in layers}
+    changes: dict[str, LayerDelta] = {}
+    whole: dict[str, Tensor] = {}
+    for key, value in tuned.items():
+        if name := matrices.get(key):
+            moved = value.detach().float() - base[key].to(value.device).float()
+            changes[name] = Dense(moved.t() if layers[name] else moved)
+        else:
+            whole[key] = value.detach()
+    return Delta(changes, whole, fingerprint)

@@ -1,0 +1,140 @@
+"""The index: all run folders of a root as one table, built anew from the folders each time it is asked for."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from loralab.errors import FolderError
+from loralab.run.folder import RunFolder, read_lines
+
+COLUMNS = [
+    "folder",
+    "name",
+    "method",
+    "rank",
+    "learning_rate",
+    "model",
+    "state",
+    "step",
+    "total_steps",
+    "tokens",
+    "target_loss_base",
+    "target_loss_end",
+    "general_loss_base",
+    "general_loss_end",
+    "learning",
+    "forgetting",
+    "trained_share",
+    "wall_s",
+    "peak_bytes",
+    "reason",
+]
+_WORDS = ("folder", "name", "method", "model", "state", "reason")
+
+
+def index(root: str | Path) -> pd.DataFrame:
+    """Read every run folder below `root` into one table, a row per folder, sorted by folder.
+
+    Learning is the fall of the target's validation loss from the base to the end, forgetting the rise of the general
+    loss, both in nats per token. A state of `running` is shown only while a living process owns the folder, else it is
+    `interrupted`. A folder that cannot be read has the state `damaged`, with the reason in the last column.
+
+    Returns:
+        A table with the columns `COLUMNS`; numbers that do not exist are NaN.
+    """
+    root = Path(root)
+    found = sorted(path for path in root.iterdir() if _is_run(path)) if root.is_dir() else []
+    table = pd.DataFrame([_row(path) for path in found], columns=COLUMNS)
+    numbers = [column for column in COLUMNS if column not in _WORDS]
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype("float64")
+    return table
+
+
+def _is_run(path: Path) -> bool:
+    return any(os.path.exists(path / file) for file in ("spec.yaml", "status.json", "metrics.jsonl"))
+
+
+def _row(path: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"folder": path.name}
+    try:
+        for read in (_of_spec, _of_status, _of_scores):
+            row |= read(RunFolder(path))
+    except FolderError as error:
+        where = f" ({error.where})" if error.where else ""
+        row |= {"state": "damaged", "reason": f"{error.what}{where}"}
+    return row
+
+
+def _of_spec(folder: RunFolder) -> dict[str, Any]:
+    """Read a spec as plain values, so that runs of older versions stay readable."""
+    path = folder.spec
+    try:
+        spec = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FolderError("the file is missing", where=str(path)) from error
+    except (OSError, ValueError, YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FolderError(f"the file is damaged: {reason}", where=str(path)) from error
+    if not isinstance(spec, dict) or not all(isinstance(spec.get(key), dict) for key in ("method", "model")):
+        raise FolderError("the file describes no run", where=str(path))
+    optimizer = spec.get("optimizer")
+    return {
+        "name": spec.get("name"),
+        "method": spec["method"].get("name"),
+        "rank": spec["method"].get("rank"),
+        "learning_rate": optimizer.get("learning_rate") if isinstance(optimizer, dict) else None,
+        "model": spec["model"].get("path"),
+    }
+
+
+def _of_status(folder: RunFolder) -> dict[str, Any]:
+    status = folder.read_status()
+    if status["state"] == "running" and folder.owner() is None:
+        status["state"] = "interrupted"
+    plain = ("state", "step", "total_steps", "tokens", "wall_s", "peak_bytes")
+    return {
+        **{key: status.get(key) for key in plain},
+        "trained_share": _share(status),
+        "reason": status.get("end") or status.get("message"),
+    }
+
+
+def _share(status: Mapping[str, Any]) -> float | None:
+    trained, total = status.get("trained_parameters"), status.get("all_parameters")
+    if not isinstance(trained, int) or not isinstance(total, int) or total == 0:
+        return None
+    return trained / total
+
+
+def _of_scores(folder: RunFolder) -> dict[str, float | None]:
+    """Read losses at step 0 (the base) and at the last step; what was not measured is None."""
+    scores = read_lines(folder.scores)
+    target_base, target_end = _ends(scores, "target/loss")
+    general_base, general_end = _ends(scores, "general/loss")
+    return {
+        "target_loss_base": target_base,
+        "target_loss_end": target_end,
+        "general_loss_base": general_base,
+        "general_loss_end": general_end,
+        "learning": _difference(target_base, target_end),
+        "forgetting": _difference(general_end, general_base),
+    }
+
+
+def _ends(scores: list[dict[str, Any]], name: str) -> tuple[float | None, float | None]:
+    values: dict[int, float] = {}
+    for score in scores:
+        step, value = score.get("step"), score.get("value")
+        if score.get("name") == name and isinstance(step, int) and isinstance(value, int | float):
+            values[step] = value
+    base = values.pop(0, None)
+    return base, values[max(values)] if values else None
+
+
+def _difference(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second

@@ -1,0 +1,184 @@
+"""From a spec to the objects of a run: base, data, method, probes. Shared by `train` and `check`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from loralab.base.corpus import Corpus, tokenise
+from loralab.base.data import Batch, Feed, collate
+from loralab.base.model import Base, load
+from loralab.base.sources import Source, Template
+from loralab.base.stream import StreamingFeed
+from loralab.base.text import Example
+from loralab.errors import LoralabError, ModelError, SpecError
+from loralab.evals.drift import TextProbe
+from loralab.methods import METHODS, Method
+from loralab.methods.base import Attachment
+from loralab.spec.spec import DataSpec, RunSpec, SourceSpec
+from loralab.train.loss import LanguageHead
+from loralab.train.recompute import recompute_
+
+PROBE_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised data of a run; `train` is None when it is streamed."""
+
+    feed: Feed | StreamingFeed
+    train: Corpus | None
+    validation: Corpus | None
+    general: Corpus | None
+
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """Name what the run reads by content."""
+        corpora = {"train": self.train, "validation": self.validation, "general": self.general}
+        return {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Count what became of every row."""
+        corpora = {"train": self.train or self.feed, "validation": self.validation, "general": self.general}
+        return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a loop and its watch need."""
+
+    base: Base
+    data: Data
+    method: Method
+    attachment: Attachment
+    head: LanguageHead
+    probes: list[TextProbe]
+    total_steps: int
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """Load, tokenise and attach.
+
+    Raises:
+        LoralabError: whatever is wrong with model, data or method.
+    """
+    base = load_base(spec)
+    data = read_data(spec, base)
+    method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
+    attachment = method.attach(base, spec.seed)
+    recompute_(base.model, spec.train.recompute)
+    head = LanguageHead(base.model, spec.objective.chunk)
+    return Prepared(base, data, method, attachment, head, _probes(spec, data, head), _total_steps(spec, data.feed))
+
+
+def load_base(spec: RunSpec) -> Base:
+    """Load the base and refuse sequences longer than it can read, and full fine-tuning of a quantised one."""
+    if spec.model.quantize and spec.method.name == "full":
+        fix = "drop model.quantize, or choose a low-rank method"
+        raise SpecError([LoralabError("a quantised base cannot move", where="model.quantize", fix=fix)])
+    base = load(**spec.model.model_dump())
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if longest and spec.data.max_length > longest:
+        raise ModelError(
+            f"sequences of {spec.data.max_length} tokens exceed the {longest} positions of this model",
+            where="data.max_length",
+            fix=f"set data.max_length={longest} or less",
+        )
+    return base
+
+
+def read_data(spec: RunSpec, base: Base) -> Data:
+    """Tokenise training, validation and general text, and make the feed of optimizer steps."""
+    data, tokenizer = spec.data, base.tokenizer
+    if tokenizer is None:
+        raise ModelError("this base has no tokenizer, so text cannot be read", where=spec.model.path)
+
+    def corpus(sources: Sequence[SourceSpec] | None) -> Corpus | None:
+        if sources is None:
+            return None
+        return tokenise(_sources(data, sources), tokenizer, **rules)
+
+    rules: dict[str, Any] = {
+        "chat_template": data.chat_template,
+        "max_length": data.max_length,
+        "overlong": data.overlong,
+    }
+    portions: dict[str, Any] = {
+        "batch_size": spec.train.batch_size,
+        "micro_batch": spec.train.micro_batch,
+        "packing": data.packing,
+        "seed": spec.seed,
+    }
+    validation, general = corpus(data.validation), corpus(data.general)
+    if data.streaming:
+        held_out = validation.keys.tolist() if validation is not None else ()
+        feed = StreamingFeed(_sources(data, data.train), tokenizer, **rules, **portions, excluded=held_out)
+        return Data(feed, None, validation, general)
+    train = corpus(data.train)
+    assert train is not None
+    if validation is None and data.validation_share > 0:
+        train, validation = train.hold_out(data.validation_share)
+    return Data(Feed(train, **portions), train, validation, general)
+
+
+def _sources(data: DataSpec, sources: Sequence[SourceSpec]) -> list[Source]:
+    made = []
+    for source in sources:
+        template = source.template or (data.template if source.form is None else None)
+        made.append(
+            Source(
+                path=source.path,
+                weight=source.weight,
+                form=source.form or data.form,
+                template=template and Template(template.prompt, template.completion),
+                split=source.split,
+            )
+        )
+    return made
+
+
+def _total_steps(spec: RunSpec, feed: Feed | StreamingFeed) -> int:
+    if spec.train.steps is not None:
+        return spec.train.steps
+    if isinstance(feed, StreamingFeed):
+        assert spec.train.tokens is not None
+        return max(1, ceil(spec.train.tokens / (spec.train.batch_size * spec.data.max_length)))
+    if spec.train.epochs is not None:
+        return feed.num_steps(spec.train.epochs)
+    assert spec.train.tokens is not None
+    return max(1, ceil(spec.train.tokens / (feed.tokens_per_epoch / feed.steps_per_epoch)))
+
+
+def _probes(spec: RunSpec, data: Data, head: LanguageHead) -> list[TextProbe]:
+    """Probe the target's validation rows and the general text; drift is watched on the general text if there is any."""
+    probes = []
+    device = head.model.device
+    for name, corpus in (("target", data.validation), ("general", data.general)):
+        if corpus is not None and len(corpus):
+            drift = spec.probes.drift and (name == "general" or data.general is None)
+            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens)]
+            probes.append(TextProbe(name, batches, head, drift=drift, top_k=spec.probes.top_k))
+    return probes
+
+
+def probe_batches(corpus: Corpus, most_tokens: int) -> list[Batch]:
+    """Choose documents in a fixed random order up to `most_tokens` (at least one), and lay them side by side."""
+    chosen: list[Example] = []
+    total = 0
+    for index in np.random.default_rng(0).permutation(len(corpus)).tolist():
+        example = corpus[index]
+        if chosen and total + len(example) > most_tokens:
+            break
+        chosen.append(example)
+        total += len(example)
+    batches, group, size = [], [], 0
+    for example in chosen:
+        if group and size + len(example) > PROBE_BATCH_TOKENS:
+            batches.append(collate(group))
+            group, size = [], 0
+        group.append(example)
+        size += len(example)
+    return [*batches, collate(group)]

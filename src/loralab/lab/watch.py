@@ -1,0 +1,152 @@
+"""Who looks on while the loop runs: takes the probes, writes metrics, scores and checkpoints, feeds the display."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from loralab.base.device import peak_bytes
+from loralab.evals.drift import Reading, TextProbe
+from loralab.evals.stats import Score
+from loralab.methods.base import Knot, Method
+from loralab.run.folder import RunFolder, append_line
+from loralab.run.trackers import Mirror
+from loralab.train.checkpoint import State, prune, write_checkpoint
+from loralab.train.loop import StepReport
+from loralab.train.optim import steps_of
+
+
+class Display(Protocol):
+    """What a person sees while a run goes on."""
+
+    def begin(self, facts: dict[str, Any]) -> None: ...
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None: ...
+
+    def scores(self, step: int, scores: Sequence[Score]) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class RunWatch:
+    """The loop's watch for a run in a folder."""
+
+    def __init__(
+        self,
+        *,
+        folder: RunFolder,
+        method: Method,
+        probes: list[TextProbe],
+        total_steps: int,
+        probe_every: float,
+        checkpoint_every: float,
+        keep_last: int,
+        keep_best: bool,
+        display: Display,
+        mirrors: Sequence[Mirror] = (),
+        stop_requested: Callable[[], bool] = lambda: False,
+        wall_s: float = 0.0,
+    ) -> None:
+        self.folder, self.method, self.probes = folder, method, probes
+        self.total_steps, self.display, self.mirrors = total_steps, display, mirrors
+        self.probe_steps = max(1, steps_of(probe_every, total_steps))
+        self.checkpoint_steps = max(1, steps_of(checkpoint_every, total_steps))
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.stop_requested = stop_requested
+        self.base_readings: dict[str, Reading] = {}
+        self.readings: dict[str, Reading] = {}
+        self._measured_at: int | None = None
+        self._best: tuple[float, int] | None = None
+        self._begin = time.perf_counter() - wall_s
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of this run so far, those before a resume included."""
+        return time.perf_counter() - self._begin
+
+    def read_base(self, step: int) -> None:
+        """Read the base with every probe; its scores are recorded once, before the first step."""
+        for probe in self.probes:
+            reading = probe.read_base(self.method.without())
+            self.base_readings[probe.name] = reading
+            if step == 0:
+                for score in reading.scores:
+                    append_line(self.folder.scores, score.as_line(0, "base"))
+
+    def measure(self, step: int, *, last: bool = False) -> None:
+        if step == 0:
+            self.read_base(0)
+        if last or step % self.probe_steps == 0:
+            self._measure_now(step)
+
+    def _measure_now(self, step: int) -> None:
+        if self._measured_at == step or not self.probes:
+            return
+        begin = time.perf_counter()
+        self.readings = {probe.name: probe.read(step) for probe in self.probes}
+        self._measured_at = step
+        scores = [score for reading in self.readings.values() for score in reading.scores]
+        for score in scores:
+            append_line(self.folder.scores, score.as_line(step, "tuned"))
+        self._mirror(step, {score.name: score.value for score in scores})
+        self._mirror(step, {"probe_s": time.perf_counter() - begin})
+        self.display.scores(step, scores)
+
+    def validation_loss(self, step: int) -> float | None:
+        """Give the validation loss after `step` steps (nats per token), measuring it if need be."""
+        if not any(probe.name == "target" for probe in self.probes):
+            return None
+        self._measure_now(step)
+        return self.readings["target"].scores[0].value
+
+    def on_step(self, report: StepReport) -> None:
+        line = {
+            "step": report.step,
+            "loss": report.loss,
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": report.learning_rates,
+            "tokens": report.num_tokens,
+            "labelled": report.num_labelled,
+            "tokens_per_s": report.num_tokens / report.seconds,
+            "wall_s": round(self.wall_s, 3),
+            "peak_bytes": peak_bytes(),
+            **report.metrics,
+        }
+        append_line(self.folder.metrics, line)
+        rates = {f"learning_rate/{name}": rate for name, rate in report.learning_rates.items()}
+        self._mirror(report.step, {"loss": report.loss, "gradient_norm": report.gradient_norm, **rates})
+        self.display.step(line, self.total_steps)
+
+    def _mirror(self, step: int, metrics: dict[str, float]) -> None:
+        for mirror in self.mirrors:
+            mirror.log(step, metrics)
+
+    def on_knot(self, knot: Knot, step: int) -> None:
+        """Save the link that was tied and say so."""
+        append_line(self.folder.metrics, {"step": step, "knot": knot.link, "gain": knot.gain, "ends": knot.ends})
+        gain = "" if knot.gain is None else f", it gained {knot.gain:.4f} nats/token"
+        end = "; the chain ends here" if knot.ends else ""
+        self.display.note(f"knot: link {knot.link} tied after step {step}{gain}{end}")
+
+    def on_warning(self, message: str, step: int) -> None:
+        append_line(self.folder.metrics, {"step": step, "warning": message})
+        self.display.note(f"warning: {message}")
+
+    def save_if_due(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
+        """Write a checkpoint if one is due, keep the last and the best, and note it in the status."""
+        if not (now or step % self.checkpoint_steps == 0):
+            return
+        loss = self.validation_loss(step) if self.keep_best else None
+        if loss is not None and (self._best is None or loss < self._best[0]):
+            self._best = (loss, step)
+        full = state()
+        full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s}
+        write_checkpoint(self.folder.checkpoints, full)
+        prune(self.folder.checkpoints, self.keep_last, self._best[1] if self._best else None)
+        self.folder.write_status(state="running", step=step, total_steps=self.total_steps, wall_s=round(self.wall_s, 3))
+
+    def load(self, facts: dict[str, Any]) -> None:
+        """Go on from a checkpoint's facts."""
+        self._best = tuple(facts["best"]) if facts["best"] else None
+        self._begin = time.perf_counter() - facts["wall_s"]

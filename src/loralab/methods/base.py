@@ -1,0 +1,135 @@
+"""The seam of methods: how the weights may move.
+
+A method attaches itself to a frozen base, says in named groups what trains at which learning rate, may tie knots while
+training goes on, and gives the delta. The contract battery in `tests/contract/` runs on every entry of `METHODS`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from loralab.base.model import Base
+from loralab.delta.lowrank import Delta
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a method changed on the model: which layers it moves and how many numbers that is."""
+
+    layers: tuple[str, ...]
+    """Targets, by module name (parameters, for full fine-tuning)."""
+    trained_parameters: int
+    all_parameters: int
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank of each low-rank layer."""
+
+    @property
+    def share(self) -> float:
+        """Trained numbers over the base's numbers."""
+        return self.trained_parameters / self.all_parameters
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Tensors that share a learning rate and a weight decay, under a name that checkpoints and logs use."""
+
+    name: str
+    tensors: dict[str, Parameter]
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands when the loop asks a method whether to tie a knot."""
+
+    step: int
+    total_steps: int
+    validation_loss: Callable[[], float | None]
+    """Measures now (nats per token); None where there is no validation text."""
+
+
+@dataclass(frozen=True)
+class Knot:
+    """A link was frozen: the loop starts the optimizer anew, and ends if the chain ended."""
+
+    link: int
+    """Number of the link that was frozen, from 1."""
+    gain: float | None
+    """Fall of the validation loss over the link, where it was measured."""
+    ends: bool = False
+
+
+class Method(Protocol):
+    """How the weights may move."""
+
+    def attach(self, base: Base, seed: int) -> Attachment:
+        """Replace or unfreeze the targets. Raises TargetError for a pattern that matches nothing."""
+        ...
+
+    def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
+        """Name what trains now, with its learning rate and weight decay."""
+        ...
+
+    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
+        """Give first step and length of the part of the run over which the schedule stretches at `step`."""
+        ...
+
+    def at_step(self, progress: Progress) -> Knot | None:
+        """Tie a knot if one is due after `progress.step` finished steps."""
+        ...
+
+    def delta(self) -> Delta:
+        """Give everything that changed, for spectra, repair and export."""
+        ...
+
+    def links(self) -> list[Delta]:
+        """Give the links of a chain, first to current; empty for other methods."""
+        ...
+
+    def without(self) -> AbstractContextManager[None]:
+        """Restore the base exactly inside the block."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the delta in its stock format: PEFT folder or checkpoint."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Give tensors and plain facts from which `load_state` continues."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Continue from a saved state of the same method on the same base."""
+        ...
+
+
+def split_vectors(tensors: dict[str, Parameter], learning_rate: float, weight_decay: float) -> list[ParamGroup]:
+    """Name two groups: matrices, and vectors (norms, biases), which are not decayed."""
+    vectors = {name: p for name, p in tensors.items() if p.ndim < 2}
+    matrices = {name: p for name, p in tensors.items() if p.ndim >= 2}
+    groups = [
+        ParamGroup("matrices", matrices, learning_rate, weight_decay),
+        ParamGroup("vectors", vectors, learning_rate, 0.0),
+    ]
+    return [group for group in groups if group.tensors]
+
+
+def count(parameters: "dict[str, Parameter] | list[Parameter]") -> int:
+    """Count numbers, each tensor once."""
+    values = parameters.values() if isinstance(parameters, dict) else parameters
+    return sum(p.numel() for p in {id(p): p for p in values}.values())
+
+
+def count_all(model: nn.Module) -> int:
+    """Count the numbers of a model; a 4-bit weight holds two in a byte."""
+    total = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        total += parameter.numel() * (2 if packed else 1)
+    return total

@@ -1,0 +1,87 @@
+"""Full fine-tuning: the chosen weights themselves move.
+
+The counterpart in every comparison of P1 and P4. A copy of the moved weights as they were stays in main memory, so that
+the base can be restored exactly and the delta given; the master weights of a half-precision model live in the optimizer.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from loralab.base.model import Base
+from loralab.base.targets import linears, match_parameters
+from loralab.delta.lowrank import Delta
+from loralab.delta.store import difference
+from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, count, count_all, split_vectors
+
+
+class Full:
+    """Unfreeze parameters by pattern and train them whole."""
+
+    def __init__(self, *, targets: Sequence[str] = ("all",), freeze: Sequence[str] = ()) -> None:
+        self.targets, self.freeze = list(targets), list(freeze)
+        self.parameters: dict[str, Parameter] = {}
+
+    def attach(self, base: Base, seed: int) -> Attachment:
+        """Unfreeze the matching parameters.
+
+        Raises:
+            TargetError: a pattern matches nothing.
+        """
+        self._base = base
+        model: nn.Module = base.model
+        names = match_parameters(model, self.targets, self.freeze)
+        self.parameters = {name: model.get_parameter(name) for name in names}
+        self._before = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        return Attachment(tuple(names), count(self.parameters), count_all(model))
+
+    def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
+        return split_vectors(self.parameters, learning_rate, weight_decay)
+
+    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
+        return 0, total_steps
+
+    def at_step(self, progress: Progress) -> Knot | None:
+        return None
+
+    def delta(self) -> Delta:
+        """Give the dense difference of every linear layer, and other parameters as they are now."""
+        layers = {name: type(layer).__name__ == "Conv1D" for name, layer in linears(self._base.model).items()}
+        return difference(self.parameters, self._before, layers, self._base.fingerprint)
+
+    def links(self) -> list[Delta]:
+        return []
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Restore the base exactly inside the block."""
+        tuned = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._set(self._before)
+        try:
+            yield
+        finally:
+            self._set(tuned)
+
+    def _set(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def save(self, folder: Path) -> None:
+        """Write the tuned model as a Hugging Face checkpoint with its tokenizer."""
+        self._base.model.save_pretrained(folder)
+        if self._base.tokenizer is not None:
+            self._base.tokenizer.save_pretrained(folder)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}, {}
+
+    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self._set(tensors)

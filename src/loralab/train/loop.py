@@ -1,0 +1,211 @@
+"""The only training loop: pretraining, instruction tuning, and whatever objective comes next, run through it.
+
+One optimizer step: take its micro-batches, add up their gradients, divide once by their joint weight, clip, step. After
+the step, in this order: knot, probes, checkpoint; so a checkpoint holds everything up to its step.
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from loralab.errors import Diverged, Interrupted, TargetError
+from loralab.methods.base import Knot, Method, Progress
+from loralab.train.checkpoint import State, random_state, set_random_state
+from loralab.train.objectives import Objective
+from loralab.train.optim import MakeTorchOptimizer, Optimizer, Schedule
+
+SPIKE_WINDOW, SPIKE_PATIENCE, SPIKE_FLOOR_NATS = 50, 10, 0.1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one optimizer step."""
+
+    step: int
+    loss: float
+    """Nats per labelled token."""
+    num_tokens: int
+    num_labelled: float
+    gradient_norm: float
+    learning_rates: dict[str, float]
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Watch(Protocol):
+    """Who looks on: measures, records, saves. The loop knows no evaluation and no folder."""
+
+    def measure(self, step: int, *, last: bool = False) -> None:
+        """Run the probes if they are due, or if this is the last step."""
+        ...
+
+    def validation_loss(self, step: int) -> float | None:
+        """Give the validation loss after `step` steps, measuring it if need be."""
+        ...
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_knot(self, knot: Knot, step: int) -> None: ...
+
+    def on_warning(self, message: str, step: int) -> None: ...
+
+    def save_if_due(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
+        """Write a checkpoint if one is due, or at once."""
+        ...
+
+    def stop_requested(self) -> bool: ...
+
+
+class Loop:
+    """Moves a method's tensors by an objective, step by step."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        method: Method,
+        objective: Objective,
+        make_optimizer: MakeTorchOptimizer,
+        learning_rate: float,
+        weight_decay: float,
+        schedule: Schedule,
+        total_steps: int,
+        clip: float | None = 1.0,
+        spike: float | None = 10.0,
+    ) -> None:
+        self.model, self.method, self.objective = model, method, objective
+        self.schedule, self.total_steps, self.clip, self.spike = schedule, total_steps, clip, spike
+        self._new_optimizer = lambda: Optimizer(method.param_groups(learning_rate, weight_decay), make_optimizer)
+        self.optimizer = self._new_optimizer()
+        self.step = 0
+        self.num_tokens = 0
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._without_gradient: set[str] | None = None
+
+    def run(self, watch: Watch) -> None:
+        """Train to the end.
+
+        Raises:
+            Diverged: the loss became NaN or spiked; nothing was stepped on it.
+            Interrupted: a stop was requested; the state was saved.
+        """
+        self.model.train()
+        if self.step == 0:
+            watch.measure(0)
+            self.method.at_step(self._progress(watch))
+            watch.save_if_due(0, self.state)
+        batches = self.objective.batches(self.model)
+        while self.step < self.total_steps:
+            watch.on_step(self._one_step(next(batches), watch))
+            knot = self.method.at_step(self._progress(watch))
+            if knot is not None:
+                self._tie(knot, watch)
+            ended = self.step == self.total_steps
+            watch.measure(self.step, last=ended)
+            watch.save_if_due(self.step, self.state, now=ended)
+            if watch.stop_requested() and not ended:
+                watch.save_if_due(self.step, self.state, now=True)
+                raise Interrupted(
+                    f"stopped after step {self.step}", fix="run the same command again: it goes on from here"
+                )
+
+    def _progress(self, watch: Watch) -> Progress:
+        return Progress(self.step, self.total_steps, lambda: watch.validation_loss(self.step))
+
+    def _one_step(self, micro_batches: list[Any], watch: Watch) -> StepReport:
+        begin, total, weight, tokens = time.perf_counter(), 0.0, 0.0, 0
+        metrics: dict[str, float] = {}
+        for batch in micro_batches:
+            loss = self.objective.loss(self.model, batch)
+            if loss.weight:
+                loss.total.backward()
+            total += float(loss.total.detach())
+            weight += loss.weight
+            tokens += batch.tokens.numel()
+            metrics |= loss.metrics
+        mean = total / max(weight, 1.0)
+        self._refuse_divergence(mean)
+        self.optimizer.scale_gradients(1.0 / max(weight, 1.0))
+        self._look_for_dead_tensors(watch)
+        norm = self.optimizer.clip(self.clip)
+        if not math.isfinite(norm):
+            raise self._divergence(f"the gradient's norm is {norm}")
+        start, length = self.method.phase(self.step, self.total_steps)
+        self.optimizer.step(self.schedule(self.step - start, length))
+        self.step += 1
+        self.num_tokens += tokens
+        rates, seconds = self.optimizer.learning_rates(), time.perf_counter() - begin
+        return StepReport(self.step, mean, tokens, weight, norm, rates, metrics, seconds)
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise self._divergence(f"the loss is {loss}")
+        usual = statistics.median(self._recent) if len(self._recent) >= SPIKE_PATIENCE else None
+        if self.spike and usual is not None and loss > self.spike * max(usual, SPIKE_FLOOR_NATS):
+            raise self._divergence(f"the loss is {loss:.3g}, {loss / usual:.0f} times its running median {usual:.3g}")
+        self._recent.append(loss)
+
+    def _divergence(self, what: str) -> Diverged:
+        return Diverged(
+            f"training diverged: {what}",
+            where=f"step {self.step + 1}",
+            fix="lower optimizer.learning_rate, raise schedule.warmup, or raise train.spike if this loss is expected",
+        )
+
+    def _look_for_dead_tensors(self, watch: Watch) -> None:
+        """In the first two steps, find tensors that never receive a gradient (a pair's A needs the second step)."""
+        if self.step > 1:
+            return
+        dead = {n for n, p in self.optimizer.tensors.items() if p.grad is None or not bool(p.grad.any())}
+        self._without_gradient = dead if self._without_gradient is None else self._without_gradient & dead
+        if self.step == 1 and self._without_gradient:
+            names = sorted(self._without_gradient)
+            if len(names) == len(self.optimizer.tensors):
+                raise TargetError("no trained tensor receives a gradient", where=names[0], fix="change method.targets")
+            watch.on_warning(f"{len(names)} trained tensors receive no gradient: {', '.join(names[:3])} …", self.step)
+
+    def _tie(self, knot: Knot, watch: Watch) -> None:
+        watch.on_knot(knot, self.step)
+        if knot.ends:
+            self.total_steps = self.step
+        else:
+            self.optimizer = self._new_optimizer()
+
+    def state(self) -> State:
+        """Give everything needed to go on as if never stopped."""
+        method_tensors, method_facts = self.method.state()
+        optimizer_tensors, optimizer_facts = self.optimizer.state()
+        return State(
+            self.step,
+            {"method": method_tensors, "optimizer": optimizer_tensors, "random": random_state()},
+            {
+                "method": method_facts,
+                "optimizer": optimizer_facts,
+                "data": self.objective.state(),
+                "num_tokens": self.num_tokens,
+                "total_steps": self.total_steps,
+                "recent": list(self._recent),
+                "without_gradient": None if self._without_gradient is None else sorted(self._without_gradient),
+            },
+        )
+
+    def load_state(self, state: State, *, branch: bool = False) -> None:
+        """Go on from a state; a branch keeps its own length."""
+        facts = state.facts
+        self.method.load_state(state.tensors["method"], facts["method"])
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state(state.tensors["optimizer"], facts["optimizer"])
+        self.objective.load_state(facts["data"])
+        self.step, self.num_tokens = state.step, facts["num_tokens"]
+        if not branch:
+            self.total_steps = facts["total_steps"]
+        self._recent.extend(facts["recent"])
+        dead = facts["without_gradient"]
+        self._without_gradient = None if dead is None else set(dead)
+        set_random_state(state.tensors["random"])

@@ -1,0 +1,61 @@
+"""What all tests share: one thread, no network, no traces outside temporary folders, shapes checked by beartype."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from beartype import beartype
+from beartype.roar import BeartypeDecorHintPep3119Exception
+from jaxtyping import install_import_hook
+
+CACHE = tempfile.mkdtemp(prefix="loralab-tests-")
+os.environ |= {  # before torch, transformers and datasets are imported: they read these once
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": CACHE,
+    "HF_DATASETS_CACHE": str(Path(CACHE, "datasets")),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check a function's types with beartype, except where a Protocol cannot be checked at run time."""
+    try:
+        return beartype(function)
+    except BeartypeDecorHintPep3119Exception:
+        return function
+
+
+install_import_hook("loralab", f"{__name__}.{check_types.__name__}")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Start every test from the same random state; torch and NumPy only where a test has imported them."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Return the folder of real small models and data that LORALAB_ASSETS names."""
+    if not os.environ.get("LORALAB_ASSETS"):
+        pytest.skip("LORALAB_ASSETS is not set: tests on real models and data are skipped")
+    return Path(os.environ["LORALAB_ASSETS"])

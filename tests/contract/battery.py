@@ -1,0 +1,146 @@
+"""Ways to build each method, and the tiny world in which the battery runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tiny import tiny
+
+from loralab.base.data import Batch, collate
+from loralab.base.model import Base
+from loralab.base.text import Example
+from loralab.methods import METHODS, Method
+from loralab.train.loop import Loop
+from loralab.train.loss import LanguageHead
+from loralab.train.objectives.text import TextObjective
+from loralab.train.optim import schedule, torch_optimizer
+
+VOCAB = 97
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "full-attention": ("full", {"targets": ["*self_attn*"]}),
+    "lora": ("lora", {"rank": 4, "alpha": 8.0}),
+    "lora-rslora-patterns": (
+        "lora",
+        {
+            "rank": 4,
+            "alpha": 8.0,
+            "scaling": "alpha/sqrt(r)",
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"v_proj": 3.0},
+            "init": "gaussian",
+        },
+    ),
+    "lora-b-only": ("lora", {"rank": 4, "alpha": 8.0, "train": "B", "init": "orthogonal"}),
+    "lora-norms": ("lora", {"rank": 4, "alpha": 8.0, "also_train": ["*norm*"]}),
+    "lora-embedding": ("lora", {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "embed_tokens"]}),
+    "lora_plus": ("lora_plus", {"rank": 4, "alpha": 8.0, "ratio": 8.0}),
+    "cola": ("cola", {"rank": 4, "alpha": 8.0, "links": 3}),
+    "cola-step-down": ("cola", {"rank": 4, "alpha": 8.0, "links": 2, "ranks": [4, 2], "schedule": "global"}),
+    "peft-lora": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8}}),
+    "peft-dora": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "use_dora": True}}),
+    "peft-pissa": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}}),
+    "peft-oft": ("peft", {"tuner": "OFT", "keys": {"oft_block_size": 4}}),
+}
+OURS = [name for name, (kind, _) in CASES.items() if kind in ("lora", "lora_plus", "cola")]
+
+
+@dataclass
+class World:
+    """A tiny base with a method on it."""
+
+    base: Base
+    method: Method
+    head: LanguageHead
+
+
+def fresh_base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Base:
+    model = tiny(family).to(dtype).requires_grad_(False)
+    return Base(model=model, tokenizer=None, path="tiny", revision=None, fingerprint="0" * 64)
+
+
+def world(case: str, *, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> World:
+    kind, keys = CASES[case]
+    base = fresh_base(family, dtype)
+    method = METHODS[kind](**keys)
+    method.attach(base, seed)
+    return World(base, method, LanguageHead(base.model))
+
+
+class FixedFeed:
+    """Steps of random sequences, a pure function of the step; `micro` sequences at a time."""
+
+    def __init__(self, *, sequences: int = 4, micro: int = 4, seed: int = 0) -> None:
+        self.sequences, self.micro, self.seed, self.step = sequences, micro, seed, 0
+
+    def next_step(self) -> list[Batch]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.step)
+        self.step += 1
+        examples = []
+        for _ in range(self.sequences):
+            length = int(torch.randint(6, 14, (), generator=generator))
+            tokens = torch.randint(4, VOCAB, (length,), generator=generator).tolist()
+            examples.append(Example.of(tokens, [i >= 3 for i in range(length)]))
+        return [collate(examples[i : i + self.micro]) for i in range(0, self.sequences, self.micro)]
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class NoWatch:
+    """Looks on without doing anything; keeps the losses."""
+
+    def __init__(self, on_state: Callable[[int, Any], None] | None = None) -> None:
+        self.losses: list[float] = []
+        self.knots: list[int] = []
+        self.on_state = on_state
+
+    def measure(self, step: int, *, last: bool = False) -> None: ...
+
+    def validation_loss(self, step: int) -> float | None:
+        return None
+
+    def on_step(self, report: Any) -> None:
+        self.losses.append(report.loss)
+
+    def on_knot(self, knot: Any, step: int) -> None:
+        self.knots.append(step)
+
+    def on_warning(self, message: str, step: int) -> None: ...
+
+    def save_if_due(self, step: int, state: Callable[[], Any], *, now: bool = False) -> None:
+        if self.on_state is not None:
+            self.on_state(step, state)
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def loop_on(w: World, *, steps: int, feed: FixedFeed | None = None, lr: float = 1e-2, optimizer: str = "adamw") -> Loop:
+    return Loop(
+        model=w.base.model,
+        method=w.method,
+        objective=TextObjective(feed or FixedFeed(), w.head),
+        make_optimizer=torch_optimizer(optimizer),
+        learning_rate=lr,
+        weight_decay=0.01,
+        schedule=schedule("cosine", warmup=0.1),
+        total_steps=steps,
+    )
+
+
+def logits(w: World) -> torch.Tensor:
+    """Logits of a fixed batch in evaluation mode."""
+    model = w.base.model
+    was_training = model.training
+    model.eval()
+    batch = FixedFeed(seed=99).next_step()[0]
+    with torch.no_grad():
+        found = torch.cat([chunk for chunk, _ in w.head.logits(batch)])
+    model.train(was_training)
+    return found
