@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
 from jaxtyping import install_import_hook
 
+TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a float, as type checkers see it
 CACHE = tempfile.mkdtemp(prefix="loralab-tests-")
 os.environ |= {  # before torch, transformers and datasets are imported: they read these once
     "OMP_NUM_THREADS": "1",
@@ -31,7 +32,7 @@ os.environ |= {  # before torch, transformers and datasets are imported: they re
 def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check a function's types with beartype, except where a Protocol cannot be checked at run time."""
     try:
-        return beartype(function)
+        return beartype(conf=TOWER)(function)
     except BeartypeDecorHintPep3119Exception:
         return function
 

@@ -1,12 +1,14 @@
 """Ways to build each method, and the tiny world in which the battery runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tiny import tiny
+from transformers import PreTrainedModel
 
+from loralab.base import attention
 from loralab.base.data import Batch, collate
 from loralab.base.model import Base
 from loralab.base.text import Example
@@ -55,9 +57,14 @@ class World:
     method: Method
     head: LanguageHead
 
+    def carry(self, model: PreTrainedModel) -> None:
+        """Put another model in the base's place."""
+        self.base, self.head = replace(self.base, model=model), LanguageHead(model)
+
 
 def fresh_base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Base:
     model = tiny(family).to(dtype).requires_grad_(False)
+    model.set_attn_implementation(attention.NAME)
     return Base(model=model, tokenizer=None, path="tiny", revision=None, fingerprint="0" * 64)
 
 
@@ -82,7 +89,7 @@ class FixedFeed:
         for _ in range(self.sequences):
             length = int(torch.randint(6, 14, (), generator=generator))
             tokens = torch.randint(4, VOCAB, (length,), generator=generator).tolist()
-            examples.append(Example.of(tokens, [i >= 3 for i in range(length)]))
+            examples.append(Example(tokens, [i >= 3 for i in range(length)]))
         return [collate(examples[i : i + self.micro]) for i in range(0, self.sequences, self.micro)]
 
     def state(self) -> dict[str, Any]:

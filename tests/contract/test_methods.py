@@ -5,12 +5,12 @@ import torch
 from battery import CASES, OURS, FixedFeed, NoWatch, fresh_base, logits, loop_on, world
 from safetensors.torch import load_file
 
+from loralab.base import attention
 from loralab.delta.layers import load_delta_
 from loralab.delta.lowrank import Dense, LowRank
 from loralab.delta.merge import merge_
 from loralab.delta.store import check_base, load_lowrank
 from loralab.errors import DeltaError
-from loralab.train.loss import LanguageHead
 
 every_case = pytest.mark.parametrize("case", CASES)
 ours = pytest.mark.parametrize("case", OURS)
@@ -80,7 +80,7 @@ def test_base_plus_delta_is_the_merged_model(case: str, dtype: torch.dtype) -> N
     tuned, delta = logits(w), w.method.delta()
     merged = fresh_base(dtype=dtype)
     merge_(merged.model, delta)
-    w.base, w.head = merged, LanguageHead(merged.model)
+    w.carry(merged.model)
     torch.testing.assert_close(logits(w), tuned, rtol=MERGE_TOLERANCE[dtype], atol=MERGE_TOLERANCE[dtype])
 
 
@@ -156,8 +156,7 @@ def test_peft_loads_our_adapter_and_we_load_it_back(case: str, tmp_path) -> None
     w.method.save(tmp_path)
     theirs = world("full")
     model = PeftModel.from_pretrained(fresh_base().model, str(tmp_path)).eval()
-    theirs.base.model = model.base_model.model
-    theirs.head = LanguageHead(theirs.base.model)
+    theirs.carry(model.base_model.model)
     torch.testing.assert_close(logits(theirs), tuned, rtol=0, atol=1e-5)
     back = world("full")
     delta = load_lowrank(tmp_path)
@@ -191,10 +190,10 @@ def test_full_checkpoint_loads_in_transformers(tmp_path) -> None:
     loop_on(w, steps=3).run(NoWatch())
     tuned = logits(w)
     w.method.save(tmp_path)
-    w.base.model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=w.base.model.config._attn_implementation)
-    w.head = LanguageHead(w.base.model)
+    delta = w.method.delta()
+    w.carry(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention.NAME))
     assert torch.equal(logits(w), tuned)
-    assert all(isinstance(layer, Dense) for layer in w.method.delta().values())
+    assert all(isinstance(layer, Dense) for layer in delta.values())
 
 
 def test_a_delta_of_another_base_is_refused() -> None:

@@ -9,7 +9,11 @@ from loralab.base import sources
 from loralab.base.sources import Source, read_rows
 from loralab.errors import DataError
 
-ROWS = [{"question": "one?", "answer": "1"}, {"question": "zwei – 二?", "answer": "2"}, {"question": "", "answer": "NA"}]
+ROWS = [
+    {"question": "one?", "answer": "1"},
+    {"question": "zwei – 二?", "answer": "2"},
+    {"question": "", "answer": "NA"},
+]
 
 
 def write(path, text):
@@ -99,7 +103,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 
 def test_a_missing_file_is_answered_with_a_near_one(tmp_path):
     write_rows(tmp_path / "train.jsonl")
-    error = refusal(tmp_path / "trian.jsonl")
+    error = refusal(tmp_path / "trains.jsonl")
     assert "does not exist" in error.what
     assert "train.jsonl" in str(error.fix)
 

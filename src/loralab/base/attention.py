@@ -63,9 +63,9 @@ def attention(
     if attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype is torch.bool):
         lengths = _document_lengths(attention_mask)
         _refuse_unpackable(query, key, lengths, others)
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = document_attention(
-            *rows, lengths, causal=causal, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout
+            q, k, v, lengths, causal=causal, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout
         )
         return out[None], None
     if softcap is not None:
@@ -119,23 +119,30 @@ def _capped(
 def packs(model: PreTrainedModel) -> bool:
     """Prove on the model itself that packed documents do not see each other and read their own positions.
 
-    A document must have the same hidden states behind another document as alone. False for models with a state that runs
-    along the row, with attention of their own, or with unusual positions: they need one document per row.
+    A document must have the same hidden states behind one document as behind another, and as alone. False for models with
+    a state or convolution along the row, with attention of their own, or with unusual positions: they need one document
+    per row.
     """
     if model.config._attn_implementation != NAME or model._is_stateful:
         return False
-    inner, was_training = model.base_model.eval(), model.training
-    tokens = torch.arange(3, 12, device=model.device)[None] % model.config.get_text_config().vocab_size
-    lengths = (4, 5)
-    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
-    mask = document_mask(lengths, model.device)
+    inner, was_training = model.base_model, model.training
+    first, second = 4, 5
+    one = torch.arange(3, 3 + first + second, device=model.device)[None] % model.config.get_text_config().vocab_size
+    other = torch.cat([one[:, :first].flip(1), one[:, first:]], 1)
+    positions = torch.cat([torch.arange(length, device=model.device) for length in (first, second)])[None]
+    packed = {"position_ids": positions, "attention_mask": document_mask((first, second), model.device)}
+    model.eval()
     try:
-        alone = inner(input_ids=tokens[:, 4:], use_cache=False).last_hidden_state
-        both = inner(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+        alone = inner(input_ids=one[:, first:], use_cache=False).last_hidden_state
+        behind_one, behind_other = (
+            inner(input_ids=tokens, **packed, use_cache=False).last_hidden_state[:, first:] for tokens in (one, other)
+        )
     finally:
         model.train(was_training)
-    tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
-    return bool((both[:, 4:] - alone).abs().max() <= tolerance)
+    # What lies before may change nothing but rounding; alone, the shapes differ and with them the order of sums.
+    step, largest = torch.finfo(alone.dtype).eps, alone.abs().max()
+    isolated = (behind_one - behind_other).abs().max() <= 4 * step * largest
+    return bool(isolated and (behind_one - alone).abs().max() <= step**0.5 * largest)
 
 
 AttentionInterface.register(NAME, attention)

@@ -37,6 +37,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GUARDS = [chr(code) for code in range(0xE000, 0xE020)]  # private use: no text has a meaning for them
 
 Span = tuple[int, int]
+Marked = tuple[str, list[Span]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Document:
     spans: tuple[Span, ...]
     rendered: bool = False
     literal: tuple[Span, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Plain text, learned from its beginning to its end."""
+        return not self.rendered and self.spans == ((0, len(self.text)),)
 
 
 class ChatTemplate:
@@ -108,22 +114,27 @@ class ChatTemplate:
         if not turns:
             return []
         rendering = _Rendering(source, chat.tools, dict(self.tokenizer.special_tokens_map), where)
-        if GENERATION.search(source):
-            whole, spans = rendering.marked(messages)
-            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            if len(spans) == len(answers):
-                spans = [span for span, turn in zip(spans, answers, strict=True) if turn in turns]
-            elif len(turns) < len(answers):
-                what = (
-                    f"the template marks {len(spans)} spans for {len(answers)} assistant turns: weights find no place"
-                )
-                raise DataError(what, where=where, fix="mark each assistant turn once in the chat template")
-            return [self._document(whole, [self._with_stop(whole, span) for span in spans], guard)]
+        by = self._by_marks if GENERATION.search(source) else self._by_prefixes
+        return [self._document(text, spans, guard) for text, spans in by(rendering, messages, turns)]
+
+    def _by_marks(self, rendering: "_Rendering", messages: list[Message], turns: list[int]) -> list[Marked]:
+        whole, spans = rendering.marked(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) == len(answers):
+            spans = [span for span, turn in zip(spans, answers, strict=True) if turn in turns]
+        elif len(turns) < len(answers):
+            what = f"the template marks {len(spans)} spans for {len(answers)} assistant turns: weights find no place"
+            fix = "mark each assistant turn once in the chat template"
+            raise DataError(what, where=rendering.where, fix=fix)
+        return [(whole, [self._with_stop(whole, span) for span in spans])]
+
+    def _by_prefixes(self, rendering: "_Rendering", messages: list[Message], turns: list[int]) -> list[Marked]:
         whole = rendering.plain(messages)
-        pairs = [rendering.turn(messages, i, whole) for i in turns]
-        if all(whole.startswith(after) for _, after in pairs):
-            return [self._document(whole, [self._trim(after, len(before)) for before, after in pairs], guard)]
-        return [self._document(after, [self._trim(after, len(before))], guard) for before, after in pairs]
+        pairs = [rendering.turn(messages, turn, whole) for turn in turns]
+        marked = [(after, self._trim(after, len(before))) for before, after in pairs]
+        if all(whole.startswith(after) for after, _ in marked):
+            return [(whole, [span for _, span in marked])]
+        return [(after, [span]) for after, span in marked]
 
     def _with_stop(self, text: str, span: Span) -> Span:
         """Let a span reach over the special token that follows it: a turn that is not ended never stops."""

@@ -72,7 +72,7 @@ class Corpus:
             report=report,
         )
 
-    def hold_out(self, share: float) -> tuple["Corpus", "Corpus"]:
+    def hold_out(self, share: int | float) -> tuple["Corpus", "Corpus"]:
         """Split into training and held-out examples by the hash of their rows.
 
         A row goes to the same side wherever it stands, in whichever order and source, and however often; both sides get

@@ -66,7 +66,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         raise ValueError(f"a batch needs examples with tokens, lengths are {lengths}")
     tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
     labelled = np.concatenate([example.labelled for example in examples])
-    labelled[np.cumsum((0, *lengths[:-1]))] = False  # the last token of one document does not predict the next document
+    # The first token of an example is never labelled, so nothing is predicted from the document before.
     targets = np.append(np.where(labelled, tokens, IGNORED)[1:], IGNORED)
     positions = np.concatenate([np.arange(length) for length in lengths])
     tokens_row, positions_row, targets_row = (torch.from_numpy(a).unsqueeze(0) for a in (tokens, positions, targets))
@@ -167,7 +167,7 @@ class Feed:
         pairs = zip(self._members, self.corpus.report.sources, strict=True)
         return float(sum(report.weight * lengths[members].sum() for members, report in pairs))
 
-    def num_sequences(self, epochs: float) -> int:
+    def num_sequences(self, epochs: int | float) -> int:
         """Count the sequences of so many epochs."""
         whole, fraction = divmod(epochs, 1)
         repeats = all(report.weight == int(report.weight) for report in self.corpus.report.sources)
@@ -176,7 +176,7 @@ class Feed:
         count = sum(len(self.sequences(epoch)) for epoch in range(int(whole)))
         return count + (ceil(fraction * len(self.sequences(int(whole)))) if fraction else 0)
 
-    def num_steps(self, epochs: float) -> int:
+    def num_steps(self, epochs: int | float) -> int:
         """Count the steps that see so many epochs; the last may reach into the next."""
         return max(1, ceil(self.num_sequences(epochs) / self.batch_size))
 

@@ -126,7 +126,10 @@ def _alpaca(row: Row, where: str) -> Prompted:
         f"Below is an instruction that describes a task{with_input}. "
         "Write a response that appropriately completes the request."
     )
-    turns = [f"### Instruction:\n{asked}\n\n### Response:\n{answered}" for asked, answered in row.get("history") or ()]
+    history = row.get("history") or []
+    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise DataError("`history` is not a list of pairs", where=where, fix="write [[instruction, response], ...]")
+    turns = [f"### Instruction:\n{asked}\n\n### Response:\n{answered}" for asked, answered in history]
     last = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{given}\n\n" if given else "") + "### Response:\n"
     return Prompted("\n\n".join([preamble, *turns, last]), _cell(row, "output", where))
 
@@ -142,7 +145,9 @@ def _sharegpt(row: Row, where: str) -> Chat:
         raise _no_column("conversations", row, where)
     turns = [] if row.get("system") is None else [{"role": "system", "content": row["system"]}]
     for turn in row["conversations"] or ():
-        role = turn.get("from") or turn.get("role")
+        if not isinstance(turn, dict):
+            raise DataError("a turn is not an object", where=where, fix='write {"from": "human", "value": "..."}')
+        role: Any = turn.get("from") or turn.get("role")
         content = turn["value"] if turn.get("value") is not None else turn.get("content")
         message = {"role": ROLES.get(role, role), "content": content, "loss_weight": turn.get("loss_weight")}
         if role == "function_call" and (calls := _function_calls(content)):

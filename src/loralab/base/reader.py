@@ -106,7 +106,7 @@ class Reader:
             documents += written
             keys += [row_key(row, self.form.columns)] * len(written)
         examples = encode(documents, self.tokenizer)
-        kept = [(key, part) for key, e in zip(keys, examples, strict=True) for part in self._fit(e)]
+        kept = [(key, part) for key, d, e in zip(keys, documents, examples, strict=True) for part in self._fit(e, d)]
         self.report.examples += len(kept)
         self.report.tokens += sum(len(example) for _, example in kept)
         self.report.labelled += sum(example.num_labelled for _, example in kept)
@@ -123,7 +123,7 @@ class Reader:
             return self._chat_template.documents(content, where)
         return [prompted(content.prompt, content.completion)] if content.completion.strip() else []
 
-    def _fit(self, example: Example) -> list[Example]:
+    def _fit(self, example: Example, document: Document) -> list[Example]:
         """Apply the rule for examples above `max_length`."""
         if not example.num_labelled:
             self.report.empty += 1
@@ -132,7 +132,7 @@ class Reader:
             return [example]
         rule = self.overlong
         if rule == "auto":
-            rule = "split" if example.labelled[1:].all() else "drop"
+            rule = "split" if document.is_text else "drop"
         if rule == "split":
             self.report.split += 1
             return split(example, self.max_length)

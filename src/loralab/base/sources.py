@@ -1,8 +1,8 @@
 """Rows of text data from files, folders and the hub, read through the Hugging Face `datasets` library.
 
-Files are memory-mapped: text may be larger than memory as long as its tokens fit; `stream.RowStream` reads rows as they
-are needed. JSON that `datasets` cannot put in a table (broken rows, types that it cannot join) is parsed with the
-standard library instead, so that a row is what the file says and an error names its line.
+Files are memory-mapped: text may be larger than memory as long as its tokens fit; `rowstream.RowStream` reads rows as they
+are needed. JSON that fits no table (broken rows, columns whose type changes) is parsed with the standard library
+instead, so that a row is what the file says and an error names its line.
 """
 
 import hashlib
@@ -182,13 +182,19 @@ def file_options(files: list[Path], *, streaming: bool) -> dict[str, Any]:
 def _read_files(files: list[Path]) -> "datasets.Dataset | list[Row]":
     try:
         with quiet():
-            return datasets.load_dataset(split="train", **file_options(files, streaming=False))
+            table = datasets.load_dataset(split="train", **file_options(files, streaming=False))
     except Exception as error:  # the library wraps what it meets in many types, StopIteration among them
         if BUILDERS[files[0].suffix] == "json":
             return parse_rows(files)
         if "corresponds to no data" in str(error):
             return []
         raise unreadable(str(files[0]), error) from error
+    return parse_rows(files) if has_mixed_types(table) else table
+
+
+def has_mixed_types(table: Any) -> bool:
+    """Tell whether `datasets` keeps a column as JSON: it then takes strings that look like JSON for values."""
+    return "Json(" in str(table.features)
 
 
 def unreadable(path: str, error: BaseException) -> DataError:

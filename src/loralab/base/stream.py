@@ -4,116 +4,49 @@ from collections.abc import Collection, Sequence
 from math import floor
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loralab.base.corpus import Corpus
 from loralab.base.data import Batch, check_identity, micro_batches, pack_and_shuffle
-from loralab.base.jsonrows import parse_rows
 from loralab.base.reader import Overlong, Reader, Report, nothing_left
-from loralab.base.sources import (
-    Row,
-    Source,
-    columns_of,
-    content_sha256,
-    empty,
-    file_options,
-    hub_fingerprint,
-    load_from_hub,
-    local_files,
-    quiet,
-    unreadable,
-)
+from loralab.base.rowstream import RowStream
+from loralab.base.sources import Source
 from loralab.base.text import Example
 
 
-class RowStream:
-    """Rows of one source, one after another, without holding them.
+def tokenise_head(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    chat_template: str | None = None,
+    max_length: int = 1024,
+    overlong: Overlong = "auto",
+) -> Corpus:
+    """Read the first rows of each source into a corpus: `hold_out` of it gives a stream its validation rows.
+
+    Args:
+        sources: what to read.
+        tokenizer: a fast tokenizer.
+        rows: most rows of each source.
+        chat_template: see `corpus.tokenise`; so are `max_length` and `overlong`.
 
     Raises:
-        DataError: the source is missing, empty, unreadable or out of reach.
+        DataError: a source cannot be read, a row does not fit its form, or no example is left.
     """
-
-    def __init__(self, source: Source) -> None:
-        self.path = source.path
-        files = local_files(source)
-        if files is None:
-            self._table: Any = load_from_hub(source, streaming=True)
-            self.fingerprint = hub_fingerprint(source, self._table)
-        else:
-            self.fingerprint = content_sha256(files)
-            self._table = self._open(files)
-        self._start = self._table.state_dict()
-        self._rows = iter(self._table)
-        self.columns = self._peek()
-
-    def _open(self, files: list[Any]) -> Any:
-        with quiet():
-            try:
-                table = datasets.load_dataset(split="train", streaming=True, **file_options(files, streaming=True))
-                next(iter(table))
-            except Exception as error:
-                if file_options(files, streaming=True)["path"] != "json":
-                    raise unreadable(self.path, error) from error
-                # The library cannot put these in a table: they are read as they are, and are small as a rule.
-                return _ListStream(parse_rows(files))
-        return table
-
-    def _peek(self) -> list[str]:
-        first = self.take(1)
-        if not first:
-            raise empty(self.path)
-        self.restart()
-        return list(self._table.column_names or columns_of(first))
-
-    def take(self, count: int) -> list[Row]:
-        """Take the next rows: fewer than `count` only at the end."""
-        rows: list[Row] = []
-        try:
-            with quiet():
-                while len(rows) < count:
-                    rows.append(next(self._rows))
-        except StopIteration:
-            pass
-        except Exception as error:  # of many types, from the file, the network or the library
-            raise unreadable(self.path, error) from error
-        return rows
-
-    def restart(self) -> None:
-        """Go back to the first row."""
-        self.load_state(self._start)
-
-    def state(self) -> dict[str, Any]:
-        """Give the cursor as plain values."""
-        return self._table.state_dict()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go to a cursor."""
-        self._table.load_state_dict(state)
-        self._rows = iter(self._table)
-
-
-class _ListStream:
-    """A list of rows with the cursor of a `datasets.IterableDataset`."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self._rows, self._next = rows, 0
-        self.column_names = columns_of(rows)
-
-    def __iter__(self) -> "_ListStream":
-        return self
-
-    def __next__(self) -> Row:
-        if self._next >= len(self._rows):
-            raise StopIteration
-        self._next += 1
-        return self._rows[self._next - 1]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._next = state["next"]
+    examples: list[tuple[int, int, Example]] = []
+    reports = []
+    for index, source in enumerate(sources):
+        stream = RowStream(source)
+        reader = Reader(
+            source, stream.columns, tokenizer, chat_template=chat_template, max_length=max_length, overlong=overlong
+        )
+        examples += [(index, key, example) for key, example in reader.read(stream.take(rows))]
+        reports.append(reader.report)
+        if not reader.report.examples:
+            raise nothing_left(reader.report, max_length)
+    return Corpus.of(examples, max_length=max_length, report=Report(tuple(reports)))
 
 
 class StreamingFeed:
@@ -166,6 +99,7 @@ class StreamingFeed:
         weights = np.array([source.weight for source in sources], dtype=np.float64)
         self._shares = (weights / weights.sum()).tolist()
         self._next_window, self._position = 0, 0
+        self._barren = [0] * len(self._streams)
         self._began: dict[str, Any] = {}
         self._sequences: list[list[Example]] = []
 
@@ -214,9 +148,12 @@ class StreamingFeed:
         while count > 0:
             rows = stream.take(count)
             count -= len(rows)
-            examples += [example for key, example in reader.read(rows) if key not in self._excluded]
+            found = [example for key, example in reader.read(rows) if key not in self._excluded]
+            examples += found
+            self._barren[index] *= not found
             if count > 0:
-                if not reader.report.examples:
+                self._barren[index] += 1
+                if self._barren[index] == 2:  # the end was met twice with nothing between
                     raise nothing_left(reader.report, self.max_length)
                 stream.restart()
         return examples
@@ -246,4 +183,5 @@ class StreamingFeed:
 
     def _identity(self) -> dict[str, Any]:
         corpus = [stream.fingerprint for stream in self._streams]
-        return {"seed": self.seed, "packing": self.packing, "window size": self.window, "corpus": corpus}
+        settings = {"seed": self.seed, "packing": self.packing, "max_length": self.max_length, "rows": self.window}
+        return {**settings, "shares": self._shares, "corpus": corpus}

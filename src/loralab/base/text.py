@@ -5,7 +5,7 @@ learned. A token that straddles the boundary counts as completion.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from loralab.base.chat import Document
 from loralab.errors import DataError
 
 LONGEST = 1 << 20
-"""Characters tokenised at once: tokenizers need a hundred bytes for each."""
+"""Characters tokenised at once: with offsets, a tokenizer takes about a hundred bytes for each."""
 
 
 class Example:
@@ -67,44 +67,61 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
         DataError: the tokenizer is not a fast one (no offsets), or has no end-of-sequence token.
     """
     if not tokenizer.is_fast:
-        raise DataError(
-            "the tokenizer gives no character offsets", where="model.path", fix="convert it to a fast tokenizer"
-        )
-    examples: list[Example | None] = [None] * len(documents)
+        what = "the tokenizer gives no character offsets"
+        raise DataError(what, where="model.path", fix="convert it to a fast tokenizer (tokenizer.json)")
+    end = tokenizer.eos_token_id
+    if end is None and not all(document.rendered for document in documents):
+        what = "the tokenizer has no end-of-sequence token, so the model could not learn to stop"
+        raise DataError(what, where="model.path", fix="set `eos_token` in its tokenizer_config.json")
+    examples: dict[int, Example] = {}
     for rendered in (False, True):
-        usual = [
-            i for i, d in enumerate(documents) if d.rendered is rendered and not d.literal and len(d.text) <= LONGEST
-        ]
-        texts = [documents[i].text for i in usual]
-        for i, (tokens, offsets) in zip(
-            usual, _tokenise(texts, tokenizer, literal=not rendered, whole=not rendered), strict=True
-        ):
-            examples[i] = _label(documents[i], tokens, offsets, tokenizer)
-    return [_in_parts(d, tokenizer) if e is None else e for d, e in zip(documents, examples, strict=True)]
+        chosen = [i for i, d in enumerate(documents) if d.rendered is rendered and len(_parts(d)) <= 1]
+        encoded = _tokenise([documents[i].text for i in chosen], tokenizer, literal=not rendered, whole=not rendered)
+        for i, found in zip(chosen, encoded, strict=True):
+            examples[i] = _label(documents[i], found, end)
+    for i, document in enumerate(documents):
+        if i not in examples:
+            examples[i] = _label(document, _in_parts(document, tokenizer), end)
+    return [examples[i] for i in range(len(documents))]
 
 
 Tokenised = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""Tokens (length,) and their character offsets (length, 2)."""
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, literal: bool, whole: bool) -> list[Tokenised]:
-    """Tokenise texts: `literal` parses no special tokens, `whole` adds the tokenizer's own. Offsets (length, 2)."""
-    if not texts:
-        return []
-    found = tokenizer(
-        texts,
-        add_special_tokens=whole,
-        split_special_tokens=literal,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-    return [(np.array(t, dtype=np.uint32), np.array(o, dtype=np.int64).reshape(-1, 2)) for t, o in pairs]
+def _tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, literal: bool, whole: bool
+) -> Iterator[Tokenised]:
+    """Tokenise texts: `literal` parses no special tokens, `whole` adds those that the tokenizer puts around a text."""
+    for group in _groups(texts):
+        found = tokenizer(
+            group,
+            add_special_tokens=whole,
+            split_special_tokens=literal,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for tokens, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            yield np.array(tokens, dtype=np.uint32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def _label(
-    document: Document, tokens: NDArray[np.uint32], offsets: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
-) -> Example:
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Group texts in order, closing a group when it has reached `LONGEST` characters."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= LONGEST:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _label(document: Document, found: Tokenised, end: int | None) -> Example:
+    tokens, offsets = found
     starts, ends = offsets[:, 0], offsets[:, 1]
     labelled = np.zeros(len(tokens), dtype=np.bool_)
     for first, last in document.spans:
@@ -112,29 +129,29 @@ def _label(
         labelled |= np.where(starts == ends, (starts > first) & (starts <= last), (ends > first) & (starts < last))
     if document.rendered:
         return Example(tokens, labelled)
-    if tokenizer.eos_token_id is None:
-        what = "the tokenizer has no end-of-sequence token, so the model could not learn to stop"
-        raise DataError(what, where="model.path", fix="set `eos_token` in its tokenizer_config.json")
-    if len(tokens) and tokens[-1] == tokenizer.eos_token_id:  # the tokenizer adds it itself
+    if len(tokens) and tokens[-1] == end:  # the tokenizer adds it itself
         labelled[-1] = True
         return Example(tokens, labelled)
-    return Example(np.append(tokens, np.uint32(tokenizer.eos_token_id)), np.append(labelled, True))
+    assert end is not None  # `encode` has seen to it
+    return Example(np.append(tokens, np.uint32(end)), np.append(labelled, True))
 
 
-def _in_parts(document: Document, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _in_parts(document: Document, tokenizer: PreTrainedTokenizerBase) -> Tokenised:
     tokens, offsets = [], []
     for start, end, literal in _parts(document):
         whole = start == 0 and not document.rendered
         for ids, places in _tokenise([document.text[start:end]], tokenizer, literal=literal, whole=whole):
-            if whole and end < len(document.text) and len(ids) and ids[-1] == tokenizer.eos_token_id:
+            if whole and ids[-1:] == tokenizer.eos_token_id:  # it comes at the end of all parts
                 ids, places = ids[:-1], places[:-1]
             tokens.append(ids)
             offsets.append(places + start)
-    return _label(document, np.concatenate(tokens), np.concatenate(offsets), tokenizer)
+    return np.concatenate(tokens), np.concatenate(offsets)
 
 
 def _parts(document: Document) -> list[tuple[int, int, bool]]:
     """Cut a document where literal text begins and ends, and long stretches after a line break."""
+    if not document.literal and len(document.text) <= LONGEST:
+        return [(0, len(document.text), not document.rendered)]
     cuts = [0, *(edge for span in document.literal for edge in span), len(document.text)]
     parts = []
     for number, (start, end) in enumerate(pairwise(cuts)):

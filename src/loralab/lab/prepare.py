@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from loralab.base.attention import packs
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Batch, Feed, collate
 from loralab.base.model import Base, load
@@ -17,7 +18,7 @@ from loralab.errors import LoralabError, ModelError, SpecError
 from loralab.evals.drift import TextProbe
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
-from loralab.spec.spec import DataSpec, RunSpec, SourceSpec
+from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
 from loralab.train.loss import LanguageHead
 from loralab.train.recompute import recompute_
 
@@ -69,9 +70,11 @@ def prepare(spec: RunSpec) -> Prepared:
     data = read_data(spec, base)
     method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
     attachment = method.attach(base, spec.seed)
+    together = _documents_together(spec, base)
     recompute_(base.model, spec.train.recompute)
     head = LanguageHead(base.model, spec.objective.chunk)
-    return Prepared(base, data, method, attachment, head, _probes(spec, data, head), _total_steps(spec, data.feed))
+    total = _total_steps(spec, data.feed)
+    return Prepared(base, data, method, attachment, head, _probes(spec, data, head, together), total)
 
 
 def load_base(spec: RunSpec) -> Base:
@@ -96,10 +99,8 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     if tokenizer is None:
         raise ModelError("this base has no tokenizer, so text cannot be read", where=spec.model.path)
 
-    def corpus(sources: Sequence[SourceSpec] | None) -> Corpus | None:
-        if sources is None:
-            return None
-        return tokenise(_sources(data, sources), tokenizer, **rules)
+    def corpus(sources: list[Source] | None) -> Corpus | None:
+        return None if sources is None else tokenise(sources, tokenizer, **rules)
 
     rules: dict[str, Any] = {
         "chat_template": data.chat_template,
@@ -112,28 +113,32 @@ def read_data(spec: RunSpec, base: Base) -> Data:
         "packing": data.packing,
         "seed": spec.seed,
     }
-    validation, general = corpus(data.validation), corpus(data.general)
+    # Form and template describe the target's rows; general text is of another kind and says its own, if any.
+    validation = corpus(data.validation and _sources(data.validation, data.form, data.template))
+    general = corpus(data.general and _sources(data.general, "auto", None))
+    training = _sources(data.train, data.form, data.template)
     if data.streaming:
         held_out = validation.keys.tolist() if validation is not None else ()
-        feed = StreamingFeed(_sources(data, data.train), tokenizer, **rules, **portions, excluded=held_out)
+        feed = StreamingFeed(training, tokenizer, **rules, **portions, excluded=held_out)
         return Data(feed, None, validation, general)
-    train = corpus(data.train)
+    train = corpus(training)
     assert train is not None
     if validation is None and data.validation_share > 0:
         train, validation = train.hold_out(data.validation_share)
     return Data(Feed(train, **portions), train, validation, general)
 
 
-def _sources(data: DataSpec, sources: Sequence[SourceSpec]) -> list[Source]:
+def _sources(sources: Sequence[SourceSpec], form: str, template: TemplateSpec | None) -> list[Source]:
+    """Turn specs of sources into sources; `form` and `template` hold where a source says nothing itself."""
     made = []
     for source in sources:
-        template = source.template or (data.template if source.form is None else None)
+        words = source.template or (template if source.form is None else None)
         made.append(
             Source(
                 path=source.path,
                 weight=source.weight,
-                form=source.form or data.form,
-                template=template and Template(template.prompt, template.completion),
+                form=source.form or form,
+                template=words and Template(words.prompt, words.completion),
                 split=source.split,
             )
         )
@@ -152,19 +157,32 @@ def _total_steps(spec: RunSpec, feed: Feed | StreamingFeed) -> int:
     return max(1, ceil(spec.train.tokens / (feed.tokens_per_epoch / feed.steps_per_epoch)))
 
 
-def _probes(spec: RunSpec, data: Data, head: LanguageHead) -> list[TextProbe]:
+def _documents_together(spec: RunSpec, base: Base) -> bool:
+    """Tell whether several documents may lie in one row of this model; refuse a spec that needs it where it is not so."""
+    if packs(base.model):
+        return True
+    if spec.data.packing or spec.train.micro_batch != 1:
+        raise ModelError(
+            f"{type(base.model).__name__} cannot keep packed documents apart",
+            where="data.packing",
+            fix="set data.packing=false and train.micro_batch=1: one document at a time",
+        )
+    return False
+
+
+def _probes(spec: RunSpec, data: Data, head: LanguageHead, together: bool) -> list[TextProbe]:
     """Probe the target's validation rows and the general text; drift is watched on the general text if there is any."""
     probes = []
     device = head.model.device
     for name, corpus in (("target", data.validation), ("general", data.general)):
         if corpus is not None and len(corpus):
             drift = spec.probes.drift and (name == "general" or data.general is None)
-            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens)]
+            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens, together=together)]
             probes.append(TextProbe(name, batches, head, drift=drift, top_k=spec.probes.top_k))
     return probes
 
 
-def probe_batches(corpus: Corpus, most_tokens: int) -> list[Batch]:
+def probe_batches(corpus: Corpus, most_tokens: int, *, together: bool = True) -> list[Batch]:
     """Choose documents in a fixed random order up to `most_tokens` (at least one), and lay them side by side."""
     chosen: list[Example] = []
     total = 0
@@ -176,7 +194,7 @@ def probe_batches(corpus: Corpus, most_tokens: int) -> list[Batch]:
         total += len(example)
     batches, group, size = [], [], 0
     for example in chosen:
-        if group and size + len(example) > PROBE_BATCH_TOKENS:
+        if group and (not together or size + len(example) > PROBE_BATCH_TOKENS):
             batches.append(collate(group))
             group, size = [], 0
         group.append(example)

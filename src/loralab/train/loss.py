@@ -110,8 +110,9 @@ class LanguageHead:
             self.model.train(was_training)
         return bool(torch.allclose(own, ours, rtol=1e-4, atol=1e-4 * float(own.abs().max())))
 
-    def _mask(self, batch: Batch) -> Tensor:
-        return document_mask(batch.lengths, batch.tokens.device)
+    def _mask(self, batch: Batch) -> Tensor | None:
+        # A document alone needs no mask, and models without our attention take no other.
+        return document_mask(batch.lengths, batch.tokens.device) if len(batch.lengths) > 1 else None
 
     def _hidden(self, batch: Batch) -> Float[Tensor, "tokens hidden"]:
         output = backbone(self.model)(
@@ -139,17 +140,15 @@ class LanguageHead:
         ).logits[0]
         return logits.float()
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "chunk vocab"], Int[Tensor, " chunk"]]]:
-        """Give logits (float32) and targets of the labelled positions, a chunk at a time, in order."""
+        """Give logits (float32, no gradient) and targets of the labelled positions, a chunk at a time, in order."""
         rows = (batch.targets[0] != NO_TARGET).nonzero().squeeze(-1)
         targets = batch.targets[0, rows]
         linear = head(self.model)
-        if self.is_plain and isinstance(linear, nn.Linear):
-            hidden = self._hidden(batch)[rows]
-            for part in _chunks(len(rows), self.chunk):
-                yield F.linear(hidden[part], linear.weight, linear.bias).float(), targets[part]
-        else:
-            logits = self._own_logits(batch, rows)
-            for part in _chunks(len(rows), self.chunk):
-                yield logits[part], targets[part]
+        plain = linear if self.is_plain and isinstance(linear, nn.Linear) else None
+        with torch.no_grad():
+            source = self._own_logits(batch, rows) if plain is None else self._hidden(batch)[rows]
+        for part in _chunks(len(rows), self.chunk):
+            with torch.no_grad():
+                chunk = source[part] if plain is None else F.linear(source[part], plain.weight, plain.bias).float()
+            yield chunk, targets[part]

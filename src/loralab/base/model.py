@@ -1,0 +1,271 @@
+"""Load a base: any language model of Transformers, frozen, with attention that keeps packed documents apart."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from loralab.base.attention import NAME
+from loralab.base.device import choose_device, choose_dtype, installed
+from loralab.base.hub import find, read_facts, weight_files
+from loralab.errors import ModelError, did_you_mean
+
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model, frozen in memory once.
+
+    Attributes:
+        model: every parameter has `requires_grad=False`.
+        tokenizer: None only where it was not asked for.
+        path: folder or hub id, as it was given.
+        revision: as it was given; for a hub id without one, the commit that was loaded.
+        fingerprint: SHA-256 over names, dtypes, shapes and bytes of the weights, however they are cut into files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    path: str
+    revision: str | None
+    fingerprint: str
+
+
+def load(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
+    attention_dropout: float | None = None,
+    random_init: bool = False,
+    need_tokenizer: bool = True,
+) -> Base:
+    """Load a base from a folder or the hub, frozen, in evaluation mode.
+
+    Args:
+        path: folder with a Hugging Face model, or hub id.
+        revision: commit, tag or branch of a hub id.
+        dtype: `auto`, `float32` or `bfloat16`; whatever the file holds is converted.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        quantize: `4bit` or `8bit` with bitsandbytes, on CUDA.
+        trust_remote_code: run the model's own Python code.
+        attention_dropout: replaces the model's own; None keeps it.
+        random_init: draw the weights from torch's global generator; the folder needs none.
+        need_tokenizer: whether a missing tokenizer is an error.
+
+    Raises:
+        ModelError: anything that keeps the model from being what was asked for.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    _refuse_quantize(quantize, place)
+    folder, commit = find(path, revision, weights=not random_init, code=trust_remote_code)
+    settings = _settings(folder, trust_remote_code)
+    if attention_dropout is not None:
+        _set_attention_dropout(settings, attention_dropout, path)
+    tokenizer = _tokenizer(folder, trust_remote_code, need_tokenizer)
+    if random_init:
+        model = _auto_class(settings).from_config(settings, dtype=kind, trust_remote_code=trust_remote_code).to(place)
+        mark = fingerprint(sorted(model.state_dict().items()))
+    else:
+        mark = fingerprint(_stored(folder))
+        model = _read_model(folder, settings, kind, place, quantize, trust_remote_code)
+    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{model.get_input_embeddings().weight.shape[0]} embeddings",
+            where=path,
+            fix="use the tokenizer that belongs to the model",
+        )
+    _use_own_attention(model)
+    return Base(model.requires_grad_(False).eval(), tokenizer, path, commit, mark)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Give the transformer under the head; its output has `last_hidden_state` (batch, tokens, hidden)."""
+    found = getattr(model, "base_model", model)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """Give the layer from hidden states to logits, or None. Some families shape the logits after or before it."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = find_head() if find_head is not None else None
+    return found
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, dtypes, shapes and bytes of tensors (SHA-256), in the order given; the callers sort by name."""
+    digest = hashlib.sha256()
+    for name, tensor in weights:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the stored tensors one at a time, sorted by name; raises ModelError for a damaged file."""
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in weight_files(folder):
+            try:
+                opened = stack.enter_context(safe_open(file, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"the weights cannot be read: {error}",
+                    where=str(file),
+                    fix="the file is damaged or was cut short: copy or download it again",
+                ) from None
+            where |= dict.fromkeys(opened.keys(), opened)
+        for name, opened in sorted(where.items(), key=lambda item: item[0]):
+            yield name, opened.get_tensor(name)
+
+
+def _refuse_quantize(quantize: str | None, device: torch.device) -> None:
+    if quantize is None:
+        return
+    if quantize not in ("4bit", "8bit"):
+        raise ModelError(f"there is no quantisation {quantize!r}", where="model.quantize", fix="use 4bit or 8bit")
+    if device.type != "cuda":
+        raise ModelError("quantising needs CUDA", where="model.quantize", fix="drop model.quantize on this machine")
+    if installed("bitsandbytes") is None:
+        raise ModelError(
+            "quantising needs bitsandbytes", where="model.quantize", fix="install it: pip install 'loralab[bnb]'"
+        )
+
+
+def _settings(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read config.json as Transformers' settings of a family that it knows, or that brings its own code."""
+    facts = read_facts(folder)
+    family = facts.get("model_type")
+    if family not in CONFIG_MAPPING and not trust_remote_code:
+        if "auto_map" in facts:
+            raise ModelError(
+                "this model runs its own Python code",
+                where=str(folder),
+                fix="read that code; if you trust it, set model.trust_remote_code=true",
+            )
+        near = did_you_mean(str(family), list(CONFIG_MAPPING))
+        raise ModelError(
+            f"this version of Transformers knows no model family {family!r}",
+            where=f"model_type in {folder / 'config.json'}",
+            fix=f"did you mean {near!r}?" if near else "install a newer Transformers",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+        raise ModelError(
+            f"config.json cannot be used: {' '.join(str(error).split())}",
+            where=str(folder / "config.json"),
+            fix="correct or download it again",
+        ) from None
+
+
+def _set_attention_dropout(settings: PreTrainedConfig, share: float, path: str) -> None:
+    text = settings.get_text_config()
+    present = [key for key in ATTENTION_DROPOUT if hasattr(text, key)]
+    if not present:
+        raise ModelError(
+            f"the family {text.model_type!r} has no dropout on attention",
+            where=f"model.attention_dropout for {path}",
+            fix="drop model.attention_dropout",
+        )
+    for key in present:
+        setattr(text, key, share)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool, needed: bool) -> PreTrainedTokenizerBase | None:
+    # Without a vocabulary on disk Transformers makes an empty tokenizer for some families, in silence.
+    if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
+        if needed:
+            raise ModelError(
+                "this model has no tokenizer",
+                where=str(folder),
+                fix="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder",
+            )
+        return None
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"the tokenizer cannot be read: {str(error).strip().splitlines()[0]}",
+            where=str(folder),
+            fix="copy or download its files again, or install the package that the message names",
+        ) from None
+    return found
+
+
+def _auto_class(settings: PreTrainedConfig) -> Any:
+    masked = any(name.endswith("ForMaskedLM") for name in settings.architectures or ())
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def _read_model(
+    folder: Path,
+    settings: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    named: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if quantize is not None:
+        named["device_map"] = {"": device}
+        named["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantize == "4bit",
+            load_in_8bit=quantize == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model, report = _auto_class(settings).from_pretrained(
+            folder, config=settings, output_loading_info=True, **named
+        )
+    except (ValueError, RuntimeError) as error:  # no such task for this family; other shapes than config.json says
+        raise ModelError(
+            f"Transformers cannot load this model: {str(error).strip().splitlines()[0]}",
+            where=str(folder),
+            fix="use a causal or masked language model whose weights belong to its config.json",
+        ) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from the files, {missing[0]} for one; they would be random",
+            where=str(folder),
+            fix="copy or download the model again, or correct `architectures` in config.json",
+        )
+    found: PreTrainedModel = model if quantize is not None else model.to(device)
+    return found
+
+
+def _use_own_attention(model: PreTrainedModel) -> None:
+    """Switch to our attention where the family lets attention be chosen and ours computes the same as its own."""
+    text = model.config.get_text_config()
+    same = model._supports_sdpa or getattr(text, "attn_logit_softcapping", None) is not None
+    if same and model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
