@@ -14,10 +14,13 @@ from rich.text import Text
 PLAIN_LINES = 20
 """About how many progress lines a run prints where there is no terminal."""
 
+PLAIN_WIDTH = 160
+
 
 def console() -> Console:
-    """Give the console on standard output."""
-    return Console(highlight=False)
+    """Give the console on standard output; where there is no terminal, lines are wide."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def print_json(value: Any) -> None:
@@ -109,7 +112,7 @@ class PlainDisplay:
     """One line every so often: for logs and pipes."""
 
     def __init__(self, out: Console | None = None) -> None:
-        self.out = out or Console(highlight=False, soft_wrap=True)
+        self.out = out or console()
 
     def begin(self, facts: dict[str, Any]) -> None:
         self.out.print(_facts_line(facts))
@@ -200,7 +203,11 @@ def check_lines(found: Any) -> list[str]:
     written.append(
         f"[bold]memory[/bold] about {size(memory.total)}: weights {size(memory.weights)}, trained {size(memory.trained)}, "
         f"activations {size(memory.activations)}, logits {size(memory.logits)}"
-        + (f"; measured peak of two steps {size(found.measured_bytes)}" if found.measured_bytes else "")
+        + (
+            f"; measured peak of the process over two steps {size(found.measured_bytes)}"
+            if found.measured_bytes
+            else ""
+        )
     )
     for runs in found.examples:
         written += ["", "[bold]example[/bold] (a loss is taken on what stands in green)", _coloured(runs)]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tiny import tiny
 from transformers import PreTrainedModel
 
 from loralab.base import attention
@@ -17,6 +16,7 @@ from loralab.train.loop import Loop
 from loralab.train.loss import LanguageHead
 from loralab.train.objectives.text import TextObjective
 from loralab.train.optim import schedule, torch_optimizer
+from tiny import tiny
 
 VOCAB = 97
 

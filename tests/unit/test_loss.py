@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny
 from torch.nn import functional as F
 
 from loralab.base import attention
 from loralab.base.data import Batch, collate
 from loralab.base.text import Example
 from loralab.train.loss import NO_TARGET, LanguageHead, chunked_cross_entropy
+from tiny import tiny
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

@@ -155,7 +155,7 @@ def own_code(folder):
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer cannot be read", "again"),
         (lambda folder: write_tokenizer(folder, 102), "102 tokens", "belongs to the model"),
         (own_code, "its own Python code", "model.trust_remote_code=true"),
-        (lambda folder: change_settings(folder, model_type="lama"), "'lama'", "did you mean 'llama'"),
+        (lambda folder: change_settings(folder, model_type="llamaa"), "'llamaa'", "did you mean 'llama'"),
         (lambda folder: change_settings(folder, num_hidden_layers=3), "would be random", "download"),
         (lambda folder: change_settings(folder, intermediate_size=52), "cannot load", "belong to its config.json"),
         (lambda folder: change_settings(folder, num_attention_heads="four"), "config.json cannot be used", "correct"),

@@ -1,5 +1,6 @@
 """Optimizers against their references, masters in half precision, schedules by their definitions."""
 
+import itertools
 import math
 
 import pytest
@@ -132,9 +133,9 @@ def test_schedules_rise_to_one_and_never_exceed_it(name: str) -> None:
     values = [factor(step, 100) for step in range(100)]
     assert max(values) <= 1.0
     assert values[10] == pytest.approx(1.0)
-    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(values))
     after = values[10:]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(after))
 
 
 def test_cosine_ends_at_its_final_factor() -> None:

@@ -101,7 +101,7 @@ def test_exclude_takes_out_again():
     "targets, exclude, what, fix",
     [
         (["q_prj"], [], "'q_prj'", "did you mean 'q_proj'"),
-        (["q_proj", "atention"], [], "'atention'", "did you mean 'attention'"),
+        (["q_proj", "attenttion"], [], "'attenttion'", "did you mean 'attention'"),
         (["zzz"], [], "'zzz'", "known: all-linear"),
         (["q_proj"], ["k_prooj"], "'k_prooj'", "did you mean 'k_proj'"),
         (["q_proj"], ["attention"], "no layer is left", "exclude less"),

@@ -123,7 +123,7 @@ def packs(model: PreTrainedModel) -> bool:
     a state or convolution along the row, with attention of their own, or with unusual positions: they need one document
     per row.
     """
-    if model.config._attn_implementation != NAME or model._is_stateful:
+    if model.config._attn_implementation != NAME:
         return False
     inner, was_training = model.base_model, model.training
     first, second = 4, 5

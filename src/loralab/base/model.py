@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from loralab.base.attention import NAME
 from loralab.base.device import choose_device, choose_dtype, installed
@@ -79,6 +80,7 @@ def load(
     Raises:
         ModelError: anything that keeps the model from being what was asked for.
     """
+    disable_progress_bar()  # of Transformers, which would write between the lines of a run
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     _refuse_quantize(quantize, place)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from loralab.base.targets import weight_of
+from loralab.base.targets import in_out, weight_of
 from loralab.delta.linear import LowRankEmbedding, LowRankLinear, LowRankModule, Pair
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError
@@ -104,14 +104,5 @@ def load_delta_(model: nn.Module, delta: Delta, name: str = "default") -> None:
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """Give (out, in) of a linear, wrapped or not; of an embedding (dim, vocab), as its pair acts on columns."""
-    if isinstance(module, LowRankModule):
-        return shape_of(module.base)
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    weight = weight_of(module)
-    return weight.shape[0], weight.shape[1]
-
-
-def parameter_dtype(model: nn.Module) -> torch.dtype:
-    """Give the dtype in which the model computes: that of its first floating-point parameter."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    into, out = in_out(module.base if isinstance(module, LowRankModule) else module)
+    return out, into

@@ -80,10 +80,11 @@ class LowRankLinear(LowRankModule):
         dropout = self.dropout if self.training else 0.0
         if self._callable_only:
             return self._through_base(x, A, B, scales, dropout)
-        weight = self.base.weight.t() if self._transposed else self.base.weight
+        base: Any = self.base
+        weight = base.weight.t() if self._transposed else base.weight
         scale = A.new_tensor(scales) if len(set(scales)) > 1 else scales[0]
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
-        return _LowRankLinear.apply(x, weight, self.base.bias, A, B, scale, dropout, seed)
+        return _LowRankLinear.apply(x, weight, base.bias, A, B, scale, dropout, seed)
 
     def _through_base(self, x: Tensor, A: Tensor, B: Tensor, scales: list[float], dropout: float) -> Tensor:
         """Do the same with plain autograd where only the base itself can multiply by its weight."""
@@ -165,7 +166,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, h, weight, A, B, scale = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])

@@ -5,6 +5,7 @@ rounding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,28 +70,23 @@ def merge_(model: nn.Module, delta: Delta, dtype: torch.dtype | None = None) -> 
     errors = []
     for name, change in delta.items():
         try:
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
         except AttributeError:
             raise DeltaError("the delta names a layer that this base does not have", where=name) from None
         if isinstance(module, nn.Embedding):
-            # A pair on an embedding acts on columns of the table: its dense form is (dim, vocab).
-            stored, error = merged_weight(module.weight.t(), change, dtype or module.weight.dtype, name)
             _untie_(model, module)
-            module.weight.copy_(stored.t())
-        else:
-            weight = weight_of(module)
-            if weight.data_ptr() != module.weight.data_ptr():
-                raise DeltaError(
-                    "a quantised weight cannot take a delta exactly",
-                    where=name,
-                    fix="load the base without model.quantize to merge",
-                )
-            stored, error = merged_weight(weight, change, dtype or weight.dtype, name)
-            weight.copy_(stored)
+        weight = weight_of(module)
+        if weight.data_ptr() != module.weight.data_ptr():
+            raise DeltaError(
+                "a quantised weight cannot take a delta exactly",
+                where=name,
+                fix="load the base without model.quantize to merge",
+            )
+        stored, error = merged_weight(weight, change, dtype or weight.dtype, name)
+        weight.copy_(stored)
         errors.append(error)
     for name, value in delta.whole.items():
-        parameter = model.get_parameter(name)
-        parameter.copy_(value)
+        model.get_parameter(name).copy_(value)
     return errors
 
 

@@ -151,7 +151,7 @@ def _numbered(batches: Sequence[Batch]) -> list[tuple[int, Batch]]:
     numbered, first = [], 0
     for batch in batches:
         numbered.append((first, batch))
-        first += _with_targets(batch).sum().item()
+        first += int(_with_targets(batch).sum())
     return numbered
 
 

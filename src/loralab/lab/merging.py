@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralab.base.data import Batch, collate
 from loralab.base.model import Base, load
@@ -131,7 +131,8 @@ def merge(
             where=f"{delta_path} in {report.dtype}",
             fix="save with --dtype float32, keep the adapter unmerged, or raise --limit-kl",
         )
-    base.model.to(chosen).save_pretrained(target)
+    nn.Module.to(base.model, dtype=chosen)
+    base.model.save_pretrained(target)
     if base.tokenizer is not None:
         base.tokenizer.save_pretrained(target)
     write_json(target / REPORT, {**report.summary(), "base": base_path, "delta": str(delta_path)})

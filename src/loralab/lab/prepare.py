@@ -12,7 +12,7 @@ from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Batch, Feed, collate
 from loralab.base.model import Base, load
 from loralab.base.sources import Source, Template
-from loralab.base.stream import StreamingFeed
+from loralab.base.stream import StreamingFeed, tokenise_head
 from loralab.base.text import Example
 from loralab.errors import LoralabError, ModelError, SpecError
 from loralab.evals.drift import TextProbe
@@ -23,6 +23,7 @@ from loralab.train.loss import LanguageHead
 from loralab.train.recompute import recompute_
 
 PROBE_BATCH_TOKENS = 4096
+STREAM_VALIDATION_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Data:
     @property
     def report(self) -> dict[str, Any]:
         """Count what became of every row."""
-        corpora = {"train": self.train or self.feed, "validation": self.validation, "general": self.general}
+        corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
 
 
@@ -99,8 +100,8 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     if tokenizer is None:
         raise ModelError("this base has no tokenizer, so text cannot be read", where=spec.model.path)
 
-    def corpus(sources: list[Source] | None) -> Corpus | None:
-        return None if sources is None else tokenise(sources, tokenizer, **rules)
+    def corpus(sources: list[Source]) -> Corpus | None:
+        return tokenise(sources, tokenizer, **rules) if sources else None
 
     rules: dict[str, Any] = {
         "chat_template": data.chat_template,
@@ -114,10 +115,12 @@ def read_data(spec: RunSpec, base: Base) -> Data:
         "seed": spec.seed,
     }
     # Form and template describe the target's rows; general text is of another kind and says its own, if any.
-    validation = corpus(data.validation and _sources(data.validation, data.form, data.template))
-    general = corpus(data.general and _sources(data.general, "auto", None))
+    validation = corpus(_sources(data.validation, data.form, data.template))
+    general = corpus(_sources(data.general, "auto", None))
     training = _sources(data.train, data.form, data.template)
     if data.streaming:
+        if validation is None and data.validation_share > 0:
+            validation = tokenise_head(training, tokenizer, rows=STREAM_VALIDATION_ROWS, **rules)
         held_out = validation.keys.tolist() if validation is not None else ()
         feed = StreamingFeed(training, tokenizer, **rules, **portions, excluded=held_out)
         return Data(feed, None, validation, general)
@@ -128,17 +131,17 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     return Data(Feed(train, **portions), train, validation, general)
 
 
-def _sources(sources: Sequence[SourceSpec], form: str, template: TemplateSpec | None) -> list[Source]:
+def _sources(sources: Sequence[SourceSpec] | None, form: str, template: TemplateSpec | None) -> list[Source]:
     """Turn specs of sources into sources; `form` and `template` hold where a source says nothing itself."""
     made = []
-    for source in sources:
+    for source in sources or ():
         words = source.template or (template if source.form is None else None)
         made.append(
             Source(
                 path=source.path,
                 weight=source.weight,
                 form=source.form or form,
-                template=words and Template(words.prompt, words.completion),
+                template=None if words is None else Template(words.prompt, words.completion),
                 split=source.split,
             )
         )
@@ -173,7 +176,7 @@ def _documents_together(spec: RunSpec, base: Base) -> bool:
 def _probes(spec: RunSpec, data: Data, head: LanguageHead, together: bool) -> list[TextProbe]:
     """Probe the target's validation rows and the general text; drift is watched on the general text if there is any."""
     probes = []
-    device = head.model.device
+    device = next(head.model.parameters()).device
     for name, corpus in (("target", data.validation), ("general", data.general)):
         if corpus is not None and len(corpus):
             drift = spec.probes.drift and (name == "general" or data.general is None)
@@ -192,7 +195,9 @@ def probe_batches(corpus: Corpus, most_tokens: int, *, together: bool = True) ->
             break
         chosen.append(example)
         total += len(example)
-    batches, group, size = [], [], 0
+    batches: list[Batch] = []
+    group: list[Example] = []
+    size = 0
     for example in chosen:
         if group and (not together or size + len(example) > PROBE_BATCH_TOKENS):
             batches.append(collate(group))

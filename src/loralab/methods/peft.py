@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from loralab.base.model import Base
-from loralab.base.targets import linears
+from loralab.base.targets import linears, weight_of
 from loralab.delta.lowrank import Delta, Dense, LayerDelta
 from loralab.errors import LoralabError, SpecError, TargetError, did_you_mean
 from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, count, count_all, split_vectors
@@ -37,12 +37,11 @@ class Peft:
             TargetError: its target patterns match nothing.
         """
         peft = _library()
-        self._base, self._peft = base, peft
-        model: nn.Module = base.model
+        self._base = base
+        model: Any = base.model
         self._settings = self._tuner_settings(peft)
         all_parameters = count_all(model)
-        before = {name: layer.weight for name, layer in linears(model).items()}
-        kept = {name: weight.detach().clone() for name, weight in before.items()}
+        kept: dict[str, Tensor] = {name: weight_of(layer).detach().clone() for name, layer in linears(model).items()}
         # The library draws its starting values from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -64,20 +63,21 @@ class Peft:
             fix = f"did you mean {near}?" if near else f"choose one of {', '.join(sorted(known))}"
             raise SpecError([LoralabError(f"peft has no tuner {self.tuner!r}", where="method.tuner", fix=fix)])
         kind = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[known[self.tuner]]
-        problems = []
+        problems: list[LoralabError] = []
         for key in self.keys:
             if key not in kind.__dataclass_fields__:
-                near = did_you_mean(key, list(kind.__dataclass_fields__))
-                fix = f"did you mean {near!r}?" if near else None
+                close = did_you_mean(key, list(kind.__dataclass_fields__))
+                fix = f"did you mean {close!r}?" if close else f"see peft's own documentation of {self.tuner}"
                 problems.append(LoralabError(f"{self.tuner} has no key {key!r}", where=f"method.keys.{key}", fix=fix))
         if problems:
             raise SpecError(problems)
-        keys = (
-            {"target_modules": "all-linear", **self.keys}
-            if "target_modules" in kind.__dataclass_fields__
-            else self.keys
-        )
-        return kind(**{"task_type": "CAUSAL_LM", **keys})
+        given = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self._base.path}
+        if "target_modules" in kind.__dataclass_fields__:
+            given["target_modules"] = "all-linear"
+        try:
+            return kind(**{**given, **self.keys})
+        except (TypeError, ValueError) as error:
+            raise SpecError([LoralabError(f"peft: {error}", where="method.keys")]) from None
 
     def _tuner_layers(self) -> dict[str, Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -99,13 +99,13 @@ class Peft:
         for name, layer in self._layers.items():
             if name not in self._before:
                 continue
-            weight = layer.get_base_layer().weight
+            weight = weight_of(layer.get_base_layer())
             held = weight.detach().clone()
             layer.merge(adapter_names=[ADAPTER])
-            moved = weight.detach().float() - self._before[name].float()
+            layers[name] = Dense(weight.detach().float() - self._before[name].float())
             layer.unmerge()
-            weight.data.copy_(held)
-            layers[name] = Dense(moved.t() if type(layer.get_base_layer()).__name__ == "Conv1D" else moved)
+            with torch.no_grad():
+                weight.copy_(held)
         return Delta(layers, {}, self._base.fingerprint)
 
     def links(self) -> list[Delta]:
@@ -114,7 +114,7 @@ class Peft:
     @contextmanager
     def without(self) -> Iterator[None]:
         """Restore the base exactly inside the block."""
-        weights = {name: self._layers[name].get_base_layer().weight for name in self._before}
+        weights = {name: weight_of(self._layers[name].get_base_layer()) for name in self._before}
         changed = {name: w.detach().clone() for name, w in weights.items() if not torch.equal(w, self._before[name])}
         with torch.no_grad():
             for name in changed:

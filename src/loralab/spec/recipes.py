@@ -4,6 +4,7 @@ Precedence: default < recipe < `section.key=value`. Relative paths inside a reci
 """
 
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,20 @@ def find(name_or_path: str | Path) -> Path:
         where=str(name_or_path),
         fix=f"{guess}name a YAML file or a shipped recipe: {', '.join(files)}",
     )
+
+
+def copy(name_or_path: str | Path, to: str | Path) -> Path:
+    """Copy a recipe to a new file, or into a folder under its own name.
+
+    Raises:
+        LoralabError: there is no such recipe, or the new file exists already.
+    """
+    source, target = find(name_or_path), Path(to)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise LoralabError("the file exists already", where=str(target), fix="name a new file")
+    shutil.copyfile(source, target)
+    return target
 
 
 def read(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:

@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> Any:
         saved = iter(ctx.saved_tensors)
         grads = [
             (next(saved) * scale).to(dtype) if there else None

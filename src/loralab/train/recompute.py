@@ -25,8 +25,12 @@ _KEPT_NAMES = (
 _KEPT = {getattr(torch.ops.aten, name).default for name in _KEPT_NAMES if hasattr(torch.ops.aten, name)}
 
 
+def _ours() -> tuple[Any, ...]:
+    return torch.ops.loralab.low_rank_linear.default, torch.ops.loralab.document_attention.default
+
+
 def _policy(_context: Any, operator: Any, *_inputs: Any, **_named: Any) -> CheckpointPolicy:
-    kept = operator in _KEPT or operator is torch.ops.loralab.low_rank_linear.default
+    kept = operator in _KEPT or operator in _ours()
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -49,4 +53,4 @@ def recompute_(model: PreTrainedModel, how: Literal["none", "selective", "full"]
             fix="set train.recompute=none",
         )
     extra = {"context_fn": _contexts} if how == "selective" else {}
-    model.gradient_checkpointing_enable({"use_reentrant": False, **extra})
+    model.activation_checkpointing_enable({"use_reentrant": False, **extra})
