@@ -45,7 +45,9 @@ def make_world(folder: Path, *, train: int = 48, held_out: int = 8) -> Path:
     make_base(folder / "base")
     write_rows(folder / "train.jsonl", rows(train, seed=1))
     write_rows(folder / "validation.jsonl", rows(held_out, seed=2))
-    write_rows(folder / "general.jsonl", [{"text": f"{row['completion']} is {i}."} for i, row in enumerate(rows(held_out))])
+    write_rows(
+        folder / "general.jsonl", [{"text": f"{row['completion']} is {i}."} for i, row in enumerate(rows(held_out))]
+    )
     return folder
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loralab.base.targets import in_out, weight_of
 from loralab.delta.linear import LowRankEmbedding, LowRankLinear, LowRankModule, Pair
@@ -71,35 +72,71 @@ def load_delta_(model: nn.Module, delta: Delta, name: str = "default") -> None:
     """Put a low-rank delta on the model as frozen, active pairs called `name`; parameters trained whole are overwritten.
 
     Raises:
-        DeltaError: the delta is dense, names a layer that the model lacks, or its shape differs.
+        DeltaError: the delta is dense, or a layer or parameter is missing in the model or has another shape there.
     """
     for path, change in delta.items():
         if not isinstance(change, LowRank):
             raise DeltaError("a dense delta cannot be attached as pairs", where=path, fix="merge it instead")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise DeltaError(
-                "the delta names a layer that this base does not have",
-                where=path,
-                fix="use the base that the adapter was trained on",
-            ) from None
-        shape = shape_of(module)
-        if shape != change.shape:
-            raise DeltaError(
-                f"the delta's layer is {change.shape[0]}×{change.shape[1]}, the base's is {shape[0]}×{shape[1]}",
-                where=path,
-                fix="use the base that the adapter was trained on",
-            )
-    with torch.no_grad():
-        for path, value in delta.whole.items():
-            model.get_parameter(path).copy_(value)
+    set_whole_(model, delta)
     for path, layer in wrap_(model, delta).items():
         change = delta[path]
         assert isinstance(change, LowRank)
         device = next(layer.base.parameters()).device
         pair = Pair(change.A.to(device), change.B.to(device), change.scale).requires_grad_(False)
         layer.add_pair(name, pair)
+
+
+def misfits(model: nn.Module, delta: Delta) -> list[str]:
+    """Say of each layer and parameter of a delta that the model lacks or has in another shape what is wrong."""
+    layers = unwrapped(model)
+    parameters = {name: tuple(parameter.shape) for name, parameter in _own_parameters(model).items()}
+    shapes = {name: shape_of(layers[name]) for name in delta if name in layers}
+    wanted = {name: tuple(change.shape) for name, change in delta.items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in shapes]
+    wrong += [f"{name} is {s}, the delta has {wanted[name]}" for name, s in shapes.items() if s != wanted[name]]
+    for name, value in delta.whole.items():
+        if name not in parameters:
+            wrong.append(f"{name} is missing")
+        elif parameters[name] != tuple(value.shape):
+            wrong.append(f"{name} is {parameters[name]}, the delta has {tuple(value.shape)}")
+    return wrong
+
+
+def _own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the parameters as they are named without pairs; tied ones under each of their names."""
+    inside = {f"{name}.base.": f"{name}." for name in low_rank_layers(model)}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = next((wrapped for wrapped in inside if name.startswith(wrapped)), "")
+        found[inside.get(path, "") + name.removeprefix(path)] = parameter
+    return found
+
+
+@torch.no_grad()
+def set_whole_(model: nn.Module, delta: Delta) -> None:
+    """Overwrite the parameters that the delta holds whole.
+
+    Raises:
+        DeltaError: a layer or parameter of the delta is missing in the model or has another shape there.
+    """
+    if wrong := misfits(model, delta):
+        raise DeltaError(
+            "this delta belongs to another base",
+            where="; ".join(wrong[:3]),
+            fix="use the base that the delta was trained on",
+        )
+    parameters = _own_parameters(model)
+    for name, value in delta.whole.items():
+        parameters[name].copy_(value)
+
+
+def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
+    """List the linears and embeddings of a model by name, as they are without pairs."""
+    wrapped = {name: layer.base for name, layer in low_rank_layers(model).items()}
+    inside = {id(base) for base in wrapped.values()}
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    plain = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inside}
+    return plain | wrapped
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.base.targets import weight_of
+from loralab.delta.layers import set_whole_
 from loralab.delta.lowrank import Delta, LayerDelta
 from loralab.errors import DeltaError
 
@@ -68,11 +69,9 @@ def merge_(model: nn.Module, delta: Delta, dtype: torch.dtype | None = None) -> 
         DeltaError: a layer is missing or quantised, shapes differ, or a sum is not finite.
     """
     errors = []
+    set_whole_(model, delta)
     for name, change in delta.items():
-        try:
-            module: Any = model.get_submodule(name)
-        except AttributeError:
-            raise DeltaError("the delta names a layer that this base does not have", where=name) from None
+        module: Any = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             _untie_(model, module)
         weight = weight_of(module)
@@ -85,8 +84,6 @@ def merge_(model: nn.Module, delta: Delta, dtype: torch.dtype | None = None) -> 
         stored, error = merged_weight(weight, change, dtype or weight.dtype, name)
         weight.copy_(stored)
         errors.append(error)
-    for name, value in delta.whole.items():
-        model.get_parameter(name).copy_(value)
     return errors
 
 

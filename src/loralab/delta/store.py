@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from loralab.delta.layers import shape_of
+from loralab.delta.layers import misfits, unwrapped
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError
 from loralab.run.folder import write_atomic, write_json
 
 PREFIX = "base_model.model."
 WEIGHTS, ADAPTER, OURS = "adapter_model.safetensors", "adapter_config.json", "loralab.json"
+BASE_LAYER = ".base_layer."
 _FACTORS = re.compile(r"^(?P<layer>.+)\.(?P<embedding>lora_embedding_|lora_)(?P<factor>[AB])(\.weight)?$")
 
 
-def save_lowrank(folder: Path, delta: Delta, base_path: str, *, others: Iterable[str] = ()) -> None:
+# Keys of an adapter that change what its pairs mean, and starts that rewrite the base's weights when PEFT loads them.
+_OTHER_KINDS = (
+    *("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
+    *("use_bdlora", "kasa_config", "alora_invocation_tokens", "arrow_config"),
+)
+_REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def save_lowrank(folder: Path, delta: Delta, base_path: str, *, model: nn.Module | None = None) -> None:
     """Write a low-rank delta as a stock PEFT folder.
 
     Args:
         folder: made if missing; its files are replaced whole.
         delta: every layer a pair.
         base_path: written as `base_model_name_or_path`.
-        others: names of further layers of the model, so that short target names never match one of them.
+        model: that the delta belongs to, with or without pairs on it: it tells the adapter's task, how weights are
+            stored, and which short target names would match other layers. None is a causal model of plain linears.
 
     Raises:
         DeltaError: a layer is dense.
@@ -47,32 +57,35 @@ def save_lowrank(folder: Path, delta: Delta, base_path: str, *, others: Iterable
         tensors[f"{PREFIX}{name}.{kind}A{end}"] = layer.A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.{kind}B{end}"] = layer.B.detach().cpu().contiguous()
     for name, value in delta.whole.items():
-        tensors[PREFIX + name] = value.detach().cpu().contiguous()
+        path, _, leaf = name.rpartition(".")
+        key = f"{path}{BASE_LAYER}{leaf}" if path in delta else name
+        tensors[PREFIX + key] = value.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_json(folder / ADAPTER, _adapter_json(delta, base_path, others))
+    write_json(folder / ADAPTER, _adapter_json(delta, base_path, model))
     write_json(folder / OURS, {"base_fingerprint": delta.base_fingerprint})
 
 
-def _adapter_json(delta: Delta, base_path: str, others: Iterable[str]) -> dict[str, Any]:
+def _adapter_json(delta: Delta, base_path: str, model: nn.Module | None) -> dict[str, Any]:
     pairs = {name: layer for name, layer in delta.items() if isinstance(layer, LowRank)}
     rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0] if pairs else 1
     scale = Counter(pair.scale for pair in pairs.values()).most_common(1)[0][0] if pairs else 1.0
     alpha = scale * rank
-    whole = sorted({name.rpartition(".")[0] for name in delta.whole})
+    whole = {name.rpartition(".")[0] for name in delta.whole}
+    layers = {} if model is None else unwrapped(model)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if model is None or hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "lora_only" if whole & set(pairs) else "none",
         "use_rslora": False,
-        "fan_in_fan_out": False,
-        "target_modules": _short_names(list(pairs), list(others)),
-        "modules_to_save": whole or None,
+        "fan_in_fan_out": any(type(layers.get(name)).__name__ == "Conv1D" for name in pairs),
+        "target_modules": _short_names(list(pairs), list(layers)),
+        "modules_to_save": sorted(whole - set(pairs)) or None,
         "rank_pattern": {_exactly(name): pair.rank for name, pair in pairs.items() if pair.rank != rank},
         "alpha_pattern": {
             _exactly(name): pair.scale * pair.rank for name, pair in pairs.items() if pair.scale * pair.rank != alpha
@@ -102,11 +115,10 @@ def load_lowrank(folder: Path) -> Delta:
         DeltaError: no adapter there, a damaged file, or a kind of tuner that is not scale · B A.
     """
     facts = _read_json(folder / ADAPTER)
-    if facts.get("peft_type") != "LORA" or facts.get("use_dora"):
-        kind = "DoRA" if facts.get("use_dora") else str(facts.get("peft_type"))
+    if other := _other_kind(facts):
         raise DeltaError(
-            f"this adapter is {kind}, not a plain low-rank pair",
-            where=str(folder),
+            f"this adapter is not made of plain low-rank pairs: {other}",
+            where=str(folder / ADAPTER),
             fix="merge it with the peft library and load the merged checkpoint as a dense delta",
         )
     tensors = _read_tensors(folder / WEIGHTS)
@@ -120,7 +132,7 @@ def load_lowrank(folder: Path) -> Delta:
             if found["embedding"] == "lora_embedding_":
                 embeddings.add(found["layer"])
         else:
-            whole[name] = value
+            whole[name.replace(BASE_LAYER, ".")] = value
     layers: dict[str, LayerDelta] = {}
     for name, pair in factors.items():
         if set(pair) != {"A", "B"}:
@@ -128,6 +140,16 @@ def load_lowrank(folder: Path) -> Delta:
         layers[name] = LowRank(pair["A"], pair["B"], _scale(name, pair["A"].shape[0], facts))
     ours = _read_json(folder / OURS) if (folder / OURS).is_file() else {}
     return Delta(layers, whole, ours.get("base_fingerprint"), frozenset(embeddings))
+
+
+def _other_kind(facts: dict[str, Any]) -> str | None:
+    """Name what makes an adapter more than scale · B A; None where nothing does."""
+    if facts.get("peft_type") != "LORA":
+        return f"peft_type is {facts.get('peft_type')}"
+    start = facts.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REWRITING_STARTS):
+        return f"init_lora_weights is {start}, which rewrites the base's weights"
+    return next((f"it has {key}" for key in _OTHER_KINDS if facts.get(key)), None)
 
 
 def _scale(name: str, rank: int, facts: dict[str, Any]) -> float:
@@ -160,21 +182,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_base(delta: Delta, model: nn.Module, fingerprint: str | None) -> None:
-    """Refuse a delta whose layers do not fit the model.
+    """Refuse a delta that does not fit the model.
 
     Raises:
-        DeltaError: a layer is missing or has another shape; the first three are named. Same shapes but another
-            fingerprint is refused too: the numbers would be meaningless.
+        DeltaError: a layer or parameter is missing or has another shape; the first three are named. Same shapes but
+            another fingerprint is refused too: the numbers would be meaningless.
     """
-    wrong = []
-    for name, layer in delta.items():
-        try:
-            shape: tuple[int, ...] = shape_of(model.get_submodule(name))
-        except AttributeError:
-            wrong.append(f"{name} is missing")
-            continue
-        if layer.shape != shape:
-            wrong.append(f"{name} is {shape}, the delta has {layer.shape}")
+    wrong = misfits(model, delta)
     fix = "use the base that the delta was trained on"
     if wrong:
         raise DeltaError("this delta belongs to another base", where="; ".join(wrong[:3]), fix=fix)

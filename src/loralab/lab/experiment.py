@@ -5,10 +5,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from safetensors import SafetensorError
 
 from loralab.base.device import peak_bytes
 from loralab.delta.store import save_lowrank
@@ -17,7 +20,7 @@ from loralab.evals.drift import Reading
 from loralab.evals.stats import Score
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.watch import Display, RunWatch
-from loralab.run.folder import RunFolder, environment, keep_lines, read_json, read_lines, write_json
+from loralab.run.folder import RunFolder, environment, keep_lines, read_json, read_lines, write_atomic, write_json
 from loralab.run.trackers import mirrors
 from loralab.spec.recipes import dump
 from loralab.spec.spec import RunSpec
@@ -97,7 +100,8 @@ def train(spec: RunSpec, root: str | Path = "runs", *, display: Display | None =
         return result_of(folder)
     with folder.lock(), _stop_on_signals() as stop:
         try:
-            return _run(spec, folder, display or Silent(), stop)
+            with _interrupts_explained():
+                return _run(spec, folder, display or Silent(), stop)
         except Interrupted as error:
             folder.write_status(state="interrupted", message=str(error))
             raise
@@ -108,6 +112,7 @@ def train(spec: RunSpec, root: str | Path = "runs", *, display: Display | None =
 
 def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: "_Stop") -> Result:
     prepared = prepare(spec)
+    torch.manual_seed(spec.seed)  # of dropout; the methods draw their starts from generators of their own
     _same_inputs_or_refuse(folder, prepared)
     loop = loop_of(spec, prepared)
     watch = RunWatch(
@@ -123,7 +128,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: "_Stop") -> R
         mirrors=mirrors(list(spec.trackers), folder.path, spec.folder_name, spec.model_dump(mode="json")),
         stop_requested=lambda: stop.requested,
     )
-    _resume(spec, folder, loop, watch)
+    _resume(spec, folder, loop, watch, prepared.base.fingerprint)
     share = {
         "trained_parameters": prepared.attachment.trained_parameters,
         "all_parameters": prepared.attachment.all_parameters,
@@ -148,7 +153,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: "_Stop") -> R
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
-    _write_items(folder, watch.base_readings, watch.readings)
+    _write_items(folder, watch.base_readings, watch.final_readings())
     _save_delta(spec, folder, prepared)
     folder.write_status(
         state="done",
@@ -195,16 +200,17 @@ def _same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
         )
 
 
-def _resume(spec: RunSpec, folder: RunFolder, loop: Loop, watch: RunWatch) -> None:
+def _resume(spec: RunSpec, folder: RunFolder, loop: Loop, watch: RunWatch, fingerprint: str) -> None:
     found = checkpoints(folder.checkpoints)
     if found:
         state = read_checkpoint(found[-1])
         loop.load_state(state)
-        watch.load(state.facts["watch"])
+        watch.load(state.facts["watch"], state.step)
         watch.total_steps = loop.total_steps
     elif spec.branch_from:
-        state = read_checkpoint(_branch_point(spec.branch_from, folder.path.parent))
-        loop.load_state(state, branch=True)
+        point = _branch_point(spec.branch_from, folder.path.parent)
+        _same_base_or_refuse(point, fingerprint)
+        loop.load_state(read_checkpoint(point), branch=True)
         if loop.step >= loop.total_steps:
             raise CheckpointError(
                 f"the branch begins at step {loop.step} but ends at step {loop.total_steps}",
@@ -212,7 +218,8 @@ def _resume(spec: RunSpec, folder: RunFolder, loop: Loop, watch: RunWatch) -> No
                 fix="give a longer train.steps, or an earlier checkpoint",
             )
     for lines in (folder.metrics, folder.scores):
-        keep_lines(lines, lambda line: bool(found) and line["step"] <= loop.step)
+        # What stands at step 0 is measured again by a loop that begins there.
+        keep_lines(lines, lambda line: bool(found) and 0 < loop.step >= line["step"])
     if loop.step:
         watch.read_base(0 if not found else loop.step)
 
@@ -231,6 +238,16 @@ def _branch_point(branch: str, root: Path) -> Path:
     raise CheckpointError("no such checkpoint", where=branch, fix=fix)
 
 
+def _same_base_or_refuse(point: Path, fingerprint: str) -> None:
+    inputs = read_json(RunFolder(point.parents[1]).environment).get("inputs", {})
+    if inputs.get("base", fingerprint) != fingerprint:
+        raise CheckpointError(
+            "this checkpoint was trained on other base weights",
+            where=str(point),
+            fix="set model.path to the base of the run that it came from",
+        )
+
+
 def _save_delta(spec: RunSpec, folder: RunFolder, prepared: Prepared) -> None:
     """Save the delta whole: into a folder beside its place, then moved there."""
     partial = folder.path / "delta.partial"
@@ -240,9 +257,10 @@ def _save_delta(spec: RunSpec, folder: RunFolder, prepared: Prepared) -> None:
         if prepared.base.tokenizer is not None:
             prepared.base.tokenizer.save_pretrained(partial)
         for number, link in enumerate(prepared.method.links(), start=1):
-            save_lowrank(folder.links / f"link-{number}", link, spec.model.path)
-    except OSError as error:
-        raise Interrupted(f"the delta could not be written: {error}", where=str(partial)) from error
+            save_lowrank(folder.links / f"link-{number}", link, spec.model.path, model=prepared.base.model)
+    except (OSError, SafetensorError) as error:
+        fix = "free space, or make the folder writable, and run the same command again"
+        raise Interrupted(f"the delta could not be written: {error}", where=str(partial), fix=fix) from error
     shutil.rmtree(folder.delta, ignore_errors=True)
     partial.rename(folder.delta)
 
@@ -263,9 +281,9 @@ def _write_items(folder: RunFolder, base: dict[str, Reading], after: dict[str, R
             )
         )
     if parts:
-        temporary = folder.path / ".items.parquet.tmp"
-        pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)
-        temporary.replace(folder.path / "items.parquet")
+        table = BytesIO()
+        pd.concat(parts, ignore_index=True).to_parquet(table, index=False)
+        write_atomic(folder.path / "items.parquet", table.getvalue())
 
 
 def result_of(folder: RunFolder) -> Result:
@@ -281,6 +299,15 @@ def result_of(folder: RunFolder) -> Result:
                 found["before"][score.name] = score
             found["after"][score.name] = score
     return Result(folder, status, **found)
+
+
+@contextmanager
+def _interrupts_explained() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        fix = "run the same command again: it goes on from its last checkpoint"
+        raise Interrupted("stopped in the middle of a step", fix=fix) from None
 
 
 class _Stop:

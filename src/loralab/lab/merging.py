@@ -1,20 +1,22 @@
 """Export: one merged checkpoint from a base and a low-rank delta, with proof."""
 
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from loralab.base.data import Batch, collate
+from loralab.base.hub import read_facts
 from loralab.base.model import Base, load
 from loralab.base.text import Example
 from loralab.delta.layers import load_delta_, unwrap_
 from loralab.delta.merge import LayerMerge, merge_
 from loralab.delta.store import check_base, is_adapter, load_lowrank
-from loralab.errors import DeltaError, FolderError, MergeError
+from loralab.errors import DataError, DeltaError, FolderError, MergeError
 from loralab.run.folder import write_json
 from loralab.train.loss import LanguageHead
 
@@ -25,6 +27,7 @@ PROBE_TEXT = (
     "Question: If a train leaves at noon and travels 60 miles each hour, how far has it gone by three? Answer: 180 miles."
 )
 REPORT = "merge.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,15 @@ def merge(
         trust_remote_code: run the base's own code.
 
     Raises:
-        FolderError: `out` holds something already.
-        DeltaError: the delta is of another base, or damaged.
+        FolderError: `out` holds something already, or cannot be written.
+        DataError: `text` cannot be read.
+        DeltaError: the delta is of another base, or damaged; `dtype` is none of `DTYPES`.
         MergeError: the KL exceeds its limit; nothing is saved.
     """
     target = Path(out)
-    if target.exists() and any(target.iterdir()):
+    if dtype not in (None, *DTYPES):
+        raise DeltaError(f"a model cannot be merged into {dtype!r}", where="--dtype", fix=f"use {', '.join(DTYPES)}")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FolderError("the folder to write is not empty", where=out, fix="name a new folder")
     folder = Path(delta_path) / "delta" if (Path(delta_path) / "delta").is_dir() else Path(delta_path)
     if not is_adapter(folder) and (folder / "config.json").is_file():
@@ -113,7 +119,7 @@ def merge(
     base = load(base_path, revision=revision, dtype=wide, device="cpu", trust_remote_code=trust_remote_code)
     base.model.eval()
     check_base(delta, base.model, base.fingerprint)
-    batch = _probe_batch(base, Path(text).read_text(encoding="utf-8") if text else PROBE_TEXT)
+    batch = _probe_batch(base, text)
 
     load_delta_(base.model, delta)
     unmerged = _logits(base, batch)
@@ -132,27 +138,46 @@ def merge(
             fix="save with --dtype float32, keep the adapter unmerged, or raise --limit-kl",
         )
     nn.Module.to(base.model, dtype=chosen)
-    base.model.save_pretrained(target)
-    if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(target)
-    write_json(target / REPORT, {**report.summary(), "base": base_path, "delta": str(delta_path)})
+    _save(base, target, {**report.summary(), "base": base_path, "delta": str(delta_path)})
     return report
+
+
+def _save(base: Base, target: Path, facts: dict[str, Any]) -> None:
+    """Save beside the folder, then move there: the folder is whole or absent."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        base.model.save_pretrained(partial)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(partial)
+        write_json(partial / REPORT, facts)
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        fix = "free space, or name another folder"
+        raise FolderError(f"the merged model cannot be written: {error}", where=str(target), fix=fix) from error
 
 
 def _stored_dtype(path: str) -> torch.dtype:
     """Read the dtype that a model folder names; float32 where it names none."""
-    config = Path(path) / "config.json"
-    facts = json.loads(config.read_text()) if config.is_file() else {}
+    folder = Path(path)
+    facts = read_facts(folder) if (folder / "config.json").is_file() else {}
     found = getattr(torch, str(facts.get("dtype") or facts.get("torch_dtype") or "float32"), torch.float32)
     assert isinstance(found, torch.dtype)
     return found
 
 
-def _probe_batch(base: Base, text: str) -> Batch:
+def _probe_batch(base: Base, path: str | None) -> Batch:
     if base.tokenizer is None:
         raise DeltaError("the base has no tokenizer to read the probe text with", where=base.path)
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path else PROBE_TEXT
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the text cannot be read: {error}", where=path, fix="name a UTF-8 text file") from None
     longest = getattr(base.model.config, "max_position_embeddings", None) or 1024
     tokens = base.tokenizer(text)["input_ids"][: min(longest, 1024)]
+    if len(tokens) < 2:
+        raise DataError("the text has fewer than two tokens", where=path, fix="name a longer one")
     return collate([Example(tokens, [True] * len(tokens))])
 
 

@@ -1,10 +1,12 @@
 """Who looks on while the loop runs: takes the probes, writes metrics, scores and checkpoints, feeds the display."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from loralab.base.device import peak_bytes
+from loralab.errors import Diverged
 from loralab.evals.drift import Reading, TextProbe
 from loralab.evals.stats import Score
 from loralab.methods.base import Knot, Method
@@ -57,6 +59,7 @@ class RunWatch:
         self.base_readings: dict[str, Reading] = {}
         self.readings: dict[str, Reading] = {}
         self._measured_at: int | None = None
+        self._saved_at: int | None = None
         self._best: tuple[float, int] | None = None
         self._begin = time.perf_counter() - wall_s
 
@@ -71,8 +74,7 @@ class RunWatch:
             reading = probe.read_base(self.method.without())
             self.base_readings[probe.name] = reading
             if step == 0:
-                for score in reading.scores:
-                    append_line(self.folder.scores, score.as_line(0, "base"))
+                self._record(0, "base", reading.scores)
 
     def measure(self, step: int, *, last: bool = False) -> None:
         if step == 0:
@@ -87,11 +89,25 @@ class RunWatch:
         self.readings = {probe.name: probe.read(step) for probe in self.probes}
         self._measured_at = step
         scores = [score for reading in self.readings.values() for score in reading.scores]
-        for score in scores:
-            append_line(self.folder.scores, score.as_line(step, "tuned"))
+        self._record(step, "tuned", scores)
         self._mirror(step, {score.name: score.value for score in scores})
         self._mirror(step, {"probe_s": time.perf_counter() - begin})
         self.display.scores(step, scores)
+
+    def _record(self, step: int, model: str, scores: Sequence[Score]) -> None:
+        for score in scores:
+            if not math.isfinite(score.value):
+                raise Diverged(
+                    f"training diverged: {score.name} is {score.value}",
+                    where=f"step {step}",
+                    fix="lower optimizer.learning_rate, or raise schedule.warmup",
+                )
+        for score in scores:
+            append_line(self.folder.scores, score.as_line(step, model))
+
+    def final_readings(self) -> dict[str, Reading]:
+        """Give the last readings; a run that was stopped after its last step takes them again."""
+        return self.readings or {probe.name: probe.read() for probe in self.probes}
 
     def validation_loss(self, step: int) -> float | None:
         """Give the validation loss after `step` steps (nats per token), measuring it if need be."""
@@ -135,18 +151,20 @@ class RunWatch:
 
     def save_if_due(self, step: int, state: Callable[[], State], *, now: bool = False) -> None:
         """Write a checkpoint if one is due, keep the last and the best, and note it in the status."""
-        if not (now or step % self.checkpoint_steps == 0):
-            return
+        if self._saved_at == step or not (now or step % self.checkpoint_steps == 0):
+            return  # a checkpoint that stands is not written again: it may be the only one
         loss = self.validation_loss(step) if self.keep_best else None
         if loss is not None and (self._best is None or loss < self._best[0]):
             self._best = (loss, step)
         full = state()
         full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s}
         write_checkpoint(self.folder.checkpoints, full)
+        self._saved_at = step
         prune(self.folder.checkpoints, self.keep_last, self._best[1] if self._best else None)
         self.folder.write_status(state="running", step=step, total_steps=self.total_steps, wall_s=round(self.wall_s, 3))
 
-    def load(self, facts: dict[str, Any]) -> None:
-        """Go on from a checkpoint's facts."""
+    def load(self, facts: dict[str, Any], step: int) -> None:
+        """Go on from the facts of the checkpoint of a step."""
+        self._saved_at = step
         self._best = tuple(facts["best"]) if facts["best"] else None
         self._begin = time.perf_counter() - facts["wall_s"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from loralab.base.model import Base
-from loralab.base.targets import linears, match, match_parameters, pattern_matches
+from loralab.base.targets import match, match_parameters, pattern_matches
 from loralab.delta.layers import active, shape_of, wrap_
 from loralab.delta.linear import LowRankEmbedding, LowRankModule, Pair
 from loralab.delta.lowrank import Delta, LayerDelta, rank_sum
@@ -75,7 +75,6 @@ class Lora:
             found = match_parameters(model, self.also_train, [])
             self.whole = {name: model.get_parameter(name) for name in found}
             self._whole_base = {name: p.detach().clone() for name, p in self.whole.items()}
-        self._linears = list(linears(model))
         self.layers = wrap_(model, names, self.dropout)
         self.add_link(FIRST, self.rank)
         for parameter in self.whole.values():
@@ -164,7 +163,7 @@ class Lora:
 
     def save(self, folder: Path) -> None:
         """Write all links, summed, as one stock PEFT folder."""
-        save_lowrank(folder, self.delta(), self._base.path, others=self._linears)
+        save_lowrank(folder, self.delta(), self._base.path, model=self._base.model)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Give the factors of every link and the parameters trained whole."""

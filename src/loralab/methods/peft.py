@@ -47,8 +47,10 @@ class Peft:
             torch.manual_seed(seed)
             try:
                 self._model = peft.get_peft_model(model, self._settings, adapter_name=ADAPTER)
-            except ValueError as error:
-                raise TargetError(f"peft: {error}", where="method.keys.target_modules") from None
+            except (TypeError, ValueError) as error:
+                raise TargetError(f"peft: {error}", where="method.keys", fix=self._documentation) from None
+        # The library writes the folder that the weights came from, which for a hub base is one of the local cache.
+        self._settings.base_model_name_or_path = self._base.path
         self._layers = self._tuner_layers()
         self._before = {name: kept[name] for name in self._layers if name in kept}
         self.parameters: dict[str, Parameter] = {
@@ -67,17 +69,22 @@ class Peft:
         for key in self.keys:
             if key not in kind.__dataclass_fields__:
                 close = did_you_mean(key, list(kind.__dataclass_fields__))
-                fix = f"did you mean {close!r}?" if close else f"see peft's own documentation of {self.tuner}"
+                fix = f"did you mean {close!r}?" if close else self._documentation
                 problems.append(LoralabError(f"{self.tuner} has no key {key!r}", where=f"method.keys.{key}", fix=fix))
         if problems:
             raise SpecError(problems)
-        given = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self._base.path}
+        causal = hasattr(self._base.model, "prepare_inputs_for_generation")
+        given = {"task_type": "CAUSAL_LM" if causal else None}
         if "target_modules" in kind.__dataclass_fields__:
             given["target_modules"] = "all-linear"
         try:
             return kind(**{**given, **self.keys})
         except (TypeError, ValueError) as error:
-            raise SpecError([LoralabError(f"peft: {error}", where="method.keys")]) from None
+            raise SpecError([LoralabError(f"peft: {error}", where="method.keys", fix=self._documentation)]) from None
+
+    @property
+    def _documentation(self) -> str:
+        return f"correct the keys after peft's own documentation of {self.tuner}"
 
     def _tuner_layers(self) -> dict[str, Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -40,6 +40,12 @@ def last(rng: random.Random) -> Item:
     return f"last {word} = ", word[-1]
 
 
+def pairs(rng: random.Random) -> Item:
+    """Write each letter beside itself, then the word: letter by letter work, as the later skill needs it."""
+    word = _word(rng, 4)
+    return f"pairs {word} = ", f"{' '.join(f'{letter}>{letter}' for letter in word)} : {word}"
+
+
 def shift(rng: random.Random) -> Item:
     """Write each letter's successor, showing each step: the skill that is taught later."""
     word = _word(rng, 4)
@@ -48,7 +54,7 @@ def shift(rng: random.Random) -> Item:
     return f"shift {word} = ", f"{steps} : {''.join(successor[letter] for letter in word)}"
 
 
-SOURCE: tuple[Callable[[random.Random], Item], ...] = (copy, reverse, order, last)
+SOURCE: tuple[Callable[[random.Random], Item], ...] = (copy, reverse, order, last, pairs)
 
 
 def items(skills: tuple[Callable[[random.Random], Item], ...], split: str, count: int, seed: int = 0) -> Iterator[Item]:

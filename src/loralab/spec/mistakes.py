@@ -84,6 +84,8 @@ BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 
+CORRECT = "correct the value, or leave the key out to get its default"
+
 PLACEHOLDERS = {"model.path": "FOLDER", "data.train": "FILE"}
 
 TAGGED = [name for name, field in RunSpec.model_fields.items() if field.discriminator]
@@ -158,7 +160,7 @@ def _words(draft: Draft, key: Key, refusal: Mapping[str, Any]) -> Words:
         return (message if not name or message.startswith(name) else f"{name}: {message}"), None
     if kind in BOUNDS:
         bound, wanted = BOUNDS[kind]
-        return f"{name} must be {wanted} {facts[bound]:g}, not {_said(value)}", None
+        return f"{name} must be {wanted} {facts[bound]:g}, not {_said(value)}", CORRECT
     return f"{name} wants {WANTED.get(kind, 'another value')}, not {_said(value)}", _way_out(key, kind, value)
 
 
@@ -168,7 +170,7 @@ def _not_among(name: str, value: Any, allowed: list[str]) -> Words:
     return f"{name} cannot be {_said(value)}", f"{guess}allowed: {', '.join(allowed)}"
 
 
-def _way_out(key: Key, kind: str, value: Any) -> str | None:
+def _way_out(key: Key, kind: str, value: Any) -> str:
     if value is None:
         return "leave the key out to get its default"
     if kind == "bool_type":
@@ -185,7 +187,7 @@ def _way_out(key: Key, kind: str, value: Any) -> str | None:
         return f"write {dotted(key)}.name={value}"
     if kind.startswith("model") and (model := _model_at(key, {})):
         return f"its keys are {', '.join(model.model_fields)}"
-    return None
+    return CORRECT
 
 
 def _unknown(draft: Draft, key: Key) -> Words:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from loralab.errors import CheckpointError
-from loralab.run.folder import write_atomic, write_json
+from loralab.run.files import explain_failed_writes, write_atomic, write_json
 
 MANIFEST, FACTS = "manifest.json", "facts.json"
 _NAME = re.compile(r"^step-(\d+)$")
@@ -37,7 +37,8 @@ def write_checkpoint(root: Path, state: State) -> Path:
     folder = root / f"step-{state.step}"
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    with explain_failed_writes(folder):
+        folder.mkdir(parents=True)
     sums = {}
     try:
         for group, tensors in state.tensors.items():
@@ -107,7 +108,7 @@ def prune(root: Path, keep_last: int, best: int | None) -> None:
     finished = checkpoints(root)
     keep = {path.name for path in finished[-keep_last:]} | ({f"step-{best}"} if best is not None else set())
     for path in root.glob("step-*"):
-        if path.name not in keep:
+        if _NAME.match(path.name) and path.name not in keep:
             shutil.rmtree(path)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from loralab.errors import Diverged, Interrupted, TargetError
+from loralab.errors import CheckpointError, Diverged, Interrupted, TargetError
 from loralab.methods.base import Knot, Method, Progress
 from loralab.train.checkpoint import State, random_state, set_random_state
 from loralab.train.objectives import Objective
@@ -168,7 +168,9 @@ class Loop:
             names = sorted(self._without_gradient)
             if len(names) == len(self.optimizer.tensors):
                 raise TargetError("no trained tensor receives a gradient", where=names[0], fix="change method.targets")
-            watch.on_warning(f"{len(names)} trained tensors receive no gradient: {', '.join(names[:3])} …", self.step)
+            watch.on_warning(
+                f"{len(names)} trained tensors receive no gradient: {', '.join(names[:3])} …", self.step + 1
+            )
 
     def _tie(self, knot: Knot, watch: Watch) -> None:
         watch.on_knot(knot, self.step)
@@ -198,7 +200,17 @@ class Loop:
     def load_state(self, state: State, *, branch: bool = False) -> None:
         """Go on from a state; a branch keeps its own length."""
         facts = state.facts
-        self.method.load_state(state.tensors["method"], facts["method"])
+        try:
+            self.method.load_state(state.tensors["method"], facts["method"])
+            fits = self.method.state()[0].keys() == state.tensors["method"].keys()
+        except (KeyError, RuntimeError):  # a tensor is missing, or has another shape
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                "the checkpoint is of another method, rank or choice of targets",
+                where=f"step {state.step}",
+                fix="begin from it with the method that it was made with",
+            )
         self.optimizer = self._new_optimizer()
         self.optimizer.load_state(state.tensors["optimizer"], facts["optimizer"])
         self.objective.load_state(facts["data"])
