@@ -1,12 +1,14 @@
 """A whole little world on disk for tests of the command line: a base, rows to learn, and the command itself."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 =>:.\n"
+TIMING = ("tokens_per_s", "wall_s", "peak_bytes")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -79,3 +81,40 @@ def only_run(root: Path) -> Path:
     """Give the one run folder below a root."""
     (found,) = [path for path in root.iterdir() if path.is_dir()]
     return found
+
+
+def in_child(log: str, *words: str) -> None:
+    """Be a process of its own that runs the command line, says everything into a file, and ends with its exit code."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(loralab(*words))
+
+
+def same_bits(run: Path, whole: Path) -> None:
+    """Check that a run ended in the same bits as an uninterrupted one: delta, links, losses, scores, items."""
+    import pandas as pd
+
+    from loralab.run.folder import RunFolder
+
+    status, expected = RunFolder(run).read_status(), RunFolder(whole).read_status()
+    assert (status["state"], status["step"], status["end"]) == ("done", expected["step"], expected["end"])
+    assert _tensor_files(run) == _tensor_files(whole)
+    assert any(path.parts[0] == "delta" for path in _tensor_files(whole))
+    for path in _tensor_files(whole):
+        assert (run / path).read_bytes() == (whole / path).read_bytes(), path
+    for name in ("metrics.jsonl", "scores.jsonl"):
+        assert untimed(run / name) == untimed(whole / name), name
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "items.parquet"), pd.read_parquet(whole / "items.parquet"))
+
+
+def _tensor_files(run: Path) -> set[Path]:
+    """Name the safetensors of a run, apart from its checkpoints."""
+    return {path.relative_to(run) for path in run.rglob("*.safetensors") if "checkpoints" not in path.parts}
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines without what differs from one machine and hour to another."""
+    from loralab.run.folder import read_lines
+
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(path)]

@@ -79,7 +79,7 @@ def check(
     out = console()
     rows = [(item.key, shown(item.value), item.source) for item in explain(recipe, overrides or [])]
     out.print(table(("key", "value", "from"), rows))
-    for line in check_lines(found):
+    for line in check_lines(found, coloured=out.is_terminal):
         out.print(line)
 
 

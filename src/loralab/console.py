@@ -173,7 +173,7 @@ def _scores_text(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
-def check_lines(found: Any) -> list[str]:
+def check_lines(found: Any, *, coloured: bool) -> list[str]:
     """Write what `check` found, in Rich's markup."""
     attachment, memory = found.attachment, found.memory
     names = ", ".join(attachment.layers[:3]) + (" …" if len(attachment.layers) > 3 else "")
@@ -210,11 +210,11 @@ def check_lines(found: Any) -> list[str]:
         )
     )
     for runs in found.examples:
-        written += ["", "[bold]example[/bold] (a loss is taken on what stands in green)", _coloured(runs)]
+        where = "in green" if coloured else "between « and »"
+        written += ["", f"[bold]example[/bold] (a loss is taken on what stands {where})", _marked(runs, coloured)]
     return written
 
 
-def _coloured(runs: list[tuple[str, bool]]) -> str:
-    return "".join(
-        f"[green]{escape(text)}[/green]" if labelled else f"[dim]{escape(text)}[/dim]" for text, labelled in runs
-    )
+def _marked(runs: list[tuple[str, bool]], coloured: bool) -> str:
+    before, after = ("[green]", "[/green]") if coloured else ("«", "»")
+    return "".join(f"{before}{escape(text)}{after}" if labelled else escape(text) for text, labelled in runs)

@@ -84,7 +84,10 @@ class TestMistakes:
         assert found == {
             "train: give exactly one of epochs, steps, tokens (given: epochs, steps)": ("recipe.yaml:4", ""),
             "method: budgets has 2 entries but the chain has 3 links": ("recipe.yaml:3", ""),
-            "seed must be at least 0, not -1": ('override "seed=-1"', ""),
+            "seed must be at least 0, not -1": (
+                'override "seed=-1"',
+                "correct the value, or leave the key out to get its default",
+            ),
         }
 
     def test_duplicate_keys_are_all_reported(self, write):

@@ -56,7 +56,7 @@ def save_lowrank(folder: Path, delta: Delta, base_path: str, *, model: nn.Module
         kind, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
         tensors[f"{PREFIX}{name}.{kind}A{end}"] = layer.A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.{kind}B{end}"] = layer.B.detach().cpu().contiguous()
-    for name, value in delta.whole.items():
+    for name, value in (_neighbours(delta, model) | delta.whole).items():
         path, _, leaf = name.rpartition(".")
         key = f"{path}{BASE_LAYER}{leaf}" if path in delta else name
         tensors[PREFIX + key] = value.detach().cpu().contiguous()
@@ -64,6 +64,13 @@ def save_lowrank(folder: Path, delta: Delta, base_path: str, *, model: nn.Module
     write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(folder / ADAPTER, _adapter_json(delta, base_path, model))
     write_json(folder / OURS, {"base_fingerprint": delta.base_fingerprint})
+
+
+def _neighbours(delta: Delta, model: nn.Module | None) -> dict[str, Tensor]:
+    """Give all that a module holds of which a part was trained whole: PEFT loads such a module whole or not at all."""
+    modules = {name.rpartition(".")[0] for name in delta.whole} - set(delta)
+    found = {} if model is None else {name: model.get_submodule(name).state_dict() for name in modules}
+    return {f"{name}.{leaf}": value for name, held in found.items() for leaf, value in held.items()}
 
 
 def _adapter_json(delta: Delta, base_path: str, model: nn.Module | None) -> dict[str, Any]:

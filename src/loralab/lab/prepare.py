@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from loralab.base.attention import packs
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Batch, Feed, collate
 from loralab.base.model import Base, load
@@ -71,11 +70,11 @@ def prepare(spec: RunSpec) -> Prepared:
     data = read_data(spec, base)
     method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
     attachment = method.attach(base, spec.seed)
-    together = _documents_together(spec, base)
     recompute_(base.model, spec.train.recompute)
     head = LanguageHead(base.model, spec.objective.chunk)
+    _refuse_unpackable(spec, head)
     total = _total_steps(spec, data.feed)
-    return Prepared(base, data, method, attachment, head, _probes(spec, data, head, together), total)
+    return Prepared(base, data, method, attachment, head, _probes(spec, data, head), total)
 
 
 def load_base(spec: RunSpec) -> Base:
@@ -160,27 +159,20 @@ def _total_steps(spec: RunSpec, feed: Feed | StreamingFeed) -> int:
     return max(1, ceil(spec.train.tokens / (feed.tokens_per_epoch / feed.steps_per_epoch)))
 
 
-def _documents_together(spec: RunSpec, base: Base) -> bool:
-    """Tell whether several documents may lie in one row of this model; refuse a spec that needs it where it is not so."""
-    if packs(base.model):
-        return True
-    if spec.data.packing or spec.train.micro_batch != 1:
-        raise ModelError(
-            f"{type(base.model).__name__} cannot keep packed documents apart",
-            where="data.packing",
-            fix="set data.packing=false and train.micro_batch=1: one document at a time",
-        )
-    return False
+def _refuse_unpackable(spec: RunSpec, head: LanguageHead) -> None:
+    """Refuse a spec that lays documents side by side in a model that cannot keep them apart, before any step."""
+    if not head.packs and (spec.data.packing or spec.train.micro_batch != 1):
+        raise head.unpackable()
 
 
-def _probes(spec: RunSpec, data: Data, head: LanguageHead, together: bool) -> list[TextProbe]:
+def _probes(spec: RunSpec, data: Data, head: LanguageHead) -> list[TextProbe]:
     """Probe the target's validation rows and the general text; drift is watched on the general text if there is any."""
     probes = []
     device = next(head.model.parameters()).device
     for name, corpus in (("target", data.validation), ("general", data.general)):
         if corpus is not None and len(corpus):
             drift = spec.probes.drift and (name == "general" or data.general is None)
-            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens, together=together)]
+            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens, together=head.packs)]
             probes.append(TextProbe(name, batches, head, drift=drift, top_k=spec.probes.top_k))
     return probes
 

@@ -198,7 +198,12 @@ class Loop:
         )
 
     def load_state(self, state: State, *, branch: bool = False) -> None:
-        """Go on from a state; a branch keeps its own length."""
+        """Go on from a state; a branch keeps its own length.
+
+        Raises:
+            CheckpointError: the state is of another method or shape.
+            DataError: its place in the data is of other data.
+        """
         facts = state.facts
         try:
             self.method.load_state(state.tensors["method"], facts["method"])

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from loralab.base.attention import document_mask
+from loralab.base.attention import document_mask, packs
 from loralab.base.data import Batch
 from loralab.base.model import backbone, head
+from loralab.errors import ModelError
 
 NO_TARGET = -100
 
@@ -87,8 +89,9 @@ class LanguageHead:
     computes them, for the labelled positions only.
     """
 
-    def __init__(self, model: nn.Module, chunk: int = 1024) -> None:
+    def __init__(self, model: PreTrainedModel, chunk: int = 1024) -> None:
         self.model, self.chunk = model, chunk
+        self.packs = packs(model)
         self.is_plain = self._proves_plain()
 
     @torch.no_grad()
@@ -111,8 +114,19 @@ class LanguageHead:
         return bool(torch.allclose(own, ours, rtol=1e-4, atol=1e-4 * float(own.abs().max())))
 
     def _mask(self, batch: Batch) -> Tensor | None:
-        # A document alone needs no mask, and models without our attention take no other.
-        return document_mask(batch.lengths, batch.tokens.device) if len(batch.lengths) > 1 else None
+        if self.packs:
+            return document_mask(batch.lengths, batch.tokens.device)
+        if len(batch.lengths) > 1:
+            raise self.unpackable()
+        return None
+
+    def unpackable(self) -> ModelError:
+        """Make the error for documents side by side in a model that cannot keep them apart."""
+        return ModelError(
+            f"{type(self.model).__name__} cannot keep packed documents apart",
+            where="data.packing",
+            fix="set data.packing=false and train.micro_batch=1: one document at a time",
+        )
 
     def _hidden(self, batch: Batch) -> Float[Tensor, "tokens hidden"]:
         output = backbone(self.model)(
