@@ -10,6 +10,7 @@ TRL does. Losses of the first step must agree, or the row is void.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -153,7 +154,7 @@ def main() -> None:
     reader.add_argument("--layers", type=int, default=4)
     given = reader.parse_args()
     torch.set_num_threads(given.threads)
-    print(json.dumps(machine(given.threads)))
+    print(json.dumps(machine(given.threads) | calibration()))
     for workload, lengths, labelled in (
         ("equal work: 512 tokens, all labelled", [512], 1.0),
         ("512 tokens, half labelled", [512], 0.5),
@@ -197,6 +198,23 @@ def compare(hidden: int, layers: int, dtype: torch.dtype, batch: Batch, steps: i
         }
         for name, step in contenders.items()
     ]
+
+
+def calibration() -> dict[str, object]:
+    """Time one matrix product over and over: on a busy machine its times spread, and no ratio means much."""
+    a = torch.randn(1024, 1024)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begin)
+    best, middle = min(times), statistics.median(times)
+    return {
+        "gemm_gflops": round(2 * 1024**3 / best / 1e9, 1),
+        "gemm_spread": round(middle / best - 1, 3),
+        "load": round(os.getloadavg()[0], 2),
+        "quiet": middle / best < 1.05,
+    }
 
 
 def machine(threads: int) -> dict[str, object]:

@@ -58,7 +58,7 @@ class Cycle(FixedFeed):
 
 
 class Rows:
-    """Three rows of real text at a time, in order."""
+    """Two rows of real text at a time, in order."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = iter(batches)
@@ -185,9 +185,9 @@ def real_rows(assets: Path, tokenizer: Any, steps: int) -> Rows:
     """GSM8K's shortest rows: the question is read, the answer learned."""
     lines = (assets / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    short = sorted(rows, key=lambda row: len(row["question"]) + len(row["answer"]))[: 3 * steps]
+    short = sorted(rows, key=lambda row: len(row["question"]) + len(row["answer"]))[: 2 * steps]
     examples = encode([prompted(row["question"] + "\n", row["answer"]) for row in short], tokenizer)
-    return Rows([collate(examples[i : i + 3]) for i in range(0, len(examples), 3)])
+    return Rows([collate(examples[i : i + 2]) for i in range(0, len(examples), 2)])
 
 
 def test_fifty_steps_on_a_pretrained_model_and_real_text(assets: Path) -> None:

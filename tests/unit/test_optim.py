@@ -133,7 +133,7 @@ def test_schedules_rise_to_one_and_never_exceed_it(name: str) -> None:
     values = [factor(step, 100) for step in range(100)]
     assert max(values) <= 1.0
     assert values[10] == pytest.approx(1.0)
-    assert all(a < b for a, b in itertools.pairwise(values))
+    assert all(a < b for a, b in itertools.pairwise(values[:11]))
     after = values[10:]
     assert all(a >= b for a, b in itertools.pairwise(after))
 

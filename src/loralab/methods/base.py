@@ -109,6 +109,22 @@ class Method(Protocol):
         ...
 
 
+class OneStage:
+    """What holds for methods that train in one piece: no knots, no links, one schedule over the run."""
+
+    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
+        """Stretch the schedule over the whole run."""
+        return 0, total_steps
+
+    def at_step(self, progress: Progress) -> Knot | None:
+        """Tie nothing."""
+        return None
+
+    def links(self) -> list[Delta]:
+        """Give no links."""
+        return []
+
+
 def split_vectors(tensors: dict[str, Parameter], learning_rate: float, weight_decay: float) -> list[ParamGroup]:
     """Name two groups: matrices, and vectors (norms, biases), which are not decayed."""
     vectors = {name: p for name, p in tensors.items() if p.ndim < 2}

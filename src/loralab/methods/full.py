@@ -17,10 +17,10 @@ from loralab.base.model import Base
 from loralab.base.targets import linears, match_parameters
 from loralab.delta.lowrank import Delta
 from loralab.delta.store import difference
-from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, count, count_all, split_vectors
+from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
 
 
-class Full:
+class Full(OneStage):
     """Unfreeze parameters by pattern and train them whole."""
 
     def __init__(self, *, targets: Sequence[str] = ("all",), freeze: Sequence[str] = ()) -> None:
@@ -45,19 +45,10 @@ class Full:
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self.parameters, learning_rate, weight_decay)
 
-    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
-        return 0, total_steps
-
-    def at_step(self, progress: Progress) -> Knot | None:
-        return None
-
     def delta(self) -> Delta:
         """Give the dense difference of every linear layer, and other parameters as they are now."""
         layers = {name: type(layer).__name__ == "Conv1D" for name, layer in linears(self._base.model).items()}
         return difference(self.parameters, self._before, layers, self._base.fingerprint)
-
-    def links(self) -> list[Delta]:
-        return []
 
     @contextmanager
     def without(self) -> Iterator[None]:

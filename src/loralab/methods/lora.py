@@ -24,13 +24,13 @@ from loralab.delta.linear import LowRankEmbedding, LowRankModule, Pair
 from loralab.delta.lowrank import Delta, LayerDelta, rank_sum
 from loralab.delta.store import save_lowrank
 from loralab.errors import TargetError
-from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, count, count_all, split_vectors
+from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 FIRST = "link-1"
 
 
-class Lora:
+class Lora(OneStage):
     """One low-rank pair on every target."""
 
     def __init__(
@@ -124,12 +124,6 @@ class Lora:
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self._trainable(), learning_rate, weight_decay)
 
-    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
-        return 0, total_steps
-
-    def at_step(self, progress: Progress) -> Knot | None:
-        return None
-
     def delta(self) -> Delta:
         """Give the sum of all links as one pair per layer."""
         layers: dict[str, LayerDelta] = {
@@ -137,9 +131,6 @@ class Lora:
             for path, layer in self.layers.items()
         }
         return self._as_delta(layers)
-
-    def links(self) -> list[Delta]:
-        return []
 
     def link(self, name: str) -> Delta:
         """Give one link alone."""

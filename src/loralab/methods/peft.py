@@ -17,12 +17,12 @@ from loralab.base.model import Base
 from loralab.base.targets import linears, weight_of
 from loralab.delta.lowrank import Delta, Dense, LayerDelta
 from loralab.errors import LoralabError, SpecError, TargetError, did_you_mean
-from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, count, count_all, split_vectors
+from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
 
 ADAPTER = "default"
 
 
-class Peft:
+class Peft(OneStage):
     """One adapter of the peft library."""
 
     def __init__(self, *, tuner: str = "LORA", keys: dict[str, Any] | None = None) -> None:
@@ -94,12 +94,6 @@ class Peft:
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self.parameters, learning_rate, weight_decay)
 
-    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
-        return 0, total_steps
-
-    def at_step(self, progress: Progress) -> Knot | None:
-        return None
-
     def delta(self) -> Delta:
         """Merge each layer for a moment and give its dense difference from the base."""
         layers: dict[str, LayerDelta] = {}
@@ -114,9 +108,6 @@ class Peft:
             with torch.no_grad():
                 weight.copy_(held)
         return Delta(layers, {}, self._base.fingerprint)
-
-    def links(self) -> list[Delta]:
-        return []
 
     @contextmanager
     def without(self) -> Iterator[None]:

@@ -1,0 +1,70 @@
+"""The README's commands are executed, its links lead somewhere, and the tables of the docs are complete."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from little_world import loralab, make_world, only_run
+
+ROOT = Path(__file__).parents[2]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text: str) -> list[str]:
+    """Take the `loralab …` lines out of indented code; a backslash at the end continues the line."""
+    joined = re.sub(r"\\\n\s+", "", text)
+    return [line.strip() for line in joined.splitlines() if line.startswith("    loralab ")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("readme"))
+
+
+def test_every_command_of_the_readme_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(found) >= 5
+    small = ["data.max_length=64", "train.steps=2", "train.batch_size=2", "model.device=cpu"]
+    (world / "general.txt").write_text("a quiet day. " * 40)
+    sums = ({"question": f"one more than {i} is", "answer": str(i + 1)} for i in range(20))
+    (world / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    for command in found:
+        words = [w.replace("FOLDER", str(world / "base")) for w in shlex.split(command)[1:]]
+        words = [str(only_run(world / "runs")) if re.fullmatch(r"runs/\S+-[0-9a-f]{8}", w) else w for w in words]
+        if words[0] in ("train", "check"):
+            words += small
+        assert loralab(*words) == 0, command
+
+
+def test_links_lead_to_files() -> None:
+    for page in DOCS:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_method_stands_in_the_tables() -> None:
+    from loralab.methods import METHODS
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    papers = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    for name in METHODS:
+        assert f"`{name}`" in readme, name
+        assert f"methods/{name}.py" in papers, name
+
+
+def test_every_shipped_recipe_stands_in_the_readme() -> None:
+    from loralab.spec.recipes import shipped
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, _ in shipped():
+        assert f"`{name}`" in readme, name
+
+
+def test_every_file_that_the_papers_table_names_exists() -> None:
+    for name in re.findall(r"`([a-z_]+/[a-z_]+\.py)`", (ROOT / "docs/papers.md").read_text(encoding="utf-8")):
+        assert (ROOT / "src/loralab" / name).is_file(), name
