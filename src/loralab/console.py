@@ -132,20 +132,6 @@ class PlainDisplay:
         pass
 
 
-class SilentDisplay:
-    """Nothing: for tests and for programs that read the run folder."""
-
-    def begin(self, facts: dict[str, Any]) -> None: ...
-
-    def step(self, line: dict[str, Any], total_steps: int) -> None: ...
-
-    def scores(self, step: int, scores: Sequence[Any]) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def end(self) -> None: ...
-
-
 def display() -> LiveDisplay | PlainDisplay:
     """Choose the live block on a terminal, plain lines elsewhere."""
     out = console()

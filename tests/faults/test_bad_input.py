@@ -14,8 +14,6 @@ from little_world import loralab, make_base, make_world, only_run, overrides, ro
 from loralab.run.folder import RunFolder, read_lines
 from loralab.train.checkpoint import checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
@@ -206,7 +204,6 @@ def test_other_data_or_weights_than_the_run_began_with(world, tmp_path, monkeypa
     said = refusal(capsys, train(world, tmp_path / "runs", **keys), where=run / "environment.json")
     assert "base weights changed" in said
     assert snapshot(run) == before
-    weights["model.norm.weight"][0] -= 1
     shutil.copy(world / "base/model.safetensors", base)
     assert train(world, tmp_path / "runs", **keys) == 0
 
@@ -237,13 +234,7 @@ def test_a_damaged_line_of_metrics(world, tmp_path, monkeypatch, capsys):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[0] + "{damaged\n" + "".join(lines[2:]))
     code = train(world, tmp_path, checkpoints__every=1)
-    assert "damaged" in refusal_without_fix(capsys, code, where=f"{run / 'metrics.jsonl'}:2")
-
-
-def refusal_without_fix(capsys, code, *, where) -> str:
-    said = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in said and str(where) in said
-    return said
+    assert "damaged" in refusal(capsys, code, where=f"{run / 'metrics.jsonl'}:2")
 
 
 # Branches

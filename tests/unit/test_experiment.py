@@ -17,7 +17,8 @@ from battery import world as tiny_world
 from little_world import make_world, overrides, rows, same_bits, untimed, write_rows
 from loralab.errors import DeltaError, Diverged, Interrupted
 from loralab.lab import experiment
-from loralab.lab.experiment import Silent, train
+from loralab.lab.experiment import train
+from loralab.lab.watch import Silent
 from loralab.methods import METHODS
 from loralab.methods.lora import Lora
 from loralab.run import trackers

@@ -22,7 +22,8 @@ from loralab.train.loss import LanguageHead
 from loralab.train.recompute import recompute_
 
 PROBE_BATCH_TOKENS = 4096
-STREAM_VALIDATION_ROWS = 256
+STREAM_HEAD_ROWS = 4096
+"""First rows of a stream, of which the validation rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     training = _sources(data.train, data.form, data.template)
     if data.streaming:
         if validation is None and data.validation_share > 0:
-            validation = tokenise_head(training, tokenizer, rows=STREAM_VALIDATION_ROWS, **rules)
+            head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
+            validation = head.hold_out(data.validation_share)[1]
         held_out = validation.keys.tolist() if validation is not None else ()
         feed = StreamingFeed(training, tokenizer, **rules, **portions, excluded=held_out)
         return Data(feed, None, validation, general)

@@ -31,6 +31,20 @@ class Display(Protocol):
     def end(self) -> None: ...
 
 
+class Silent:
+    """A display that shows nothing."""
+
+    def begin(self, facts: dict[str, Any]) -> None: ...
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None: ...
+
+    def scores(self, step: int, scores: Any) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class RunWatch:
     """The loop's watch for a run in a folder."""
 

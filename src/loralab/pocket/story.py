@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.console import LiveDisplay, PlainDisplay, console, table
-from loralab.lab.experiment import Result, train
+from loralab.lab.experiment import train
+from loralab.lab.result import Result
 from loralab.pocket.skills import SOURCE, items, shift
 from loralab.run.folder import write_atomic
 from loralab.spec.spec import RunSpec

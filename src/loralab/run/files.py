@@ -15,6 +15,8 @@ from typing import Any
 
 from loralab.errors import FolderError, Interrupted
 
+RESTORE = "restore the file from a copy, or move the run folder away and begin anew"
+
 
 @contextmanager
 def explain_failed_writes(path: Path) -> Iterator[None]:
@@ -74,9 +76,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise FolderError(f"the file is damaged: {error}", where=str(path)) from error
+        raise FolderError(f"the file is damaged: {error}", where=str(path), fix=RESTORE) from error
     if not isinstance(value, dict):
-        raise FolderError(f"expected a JSON object, found {type(value).__name__}", where=str(path))
+        raise FolderError(f"expected a JSON object, found {type(value).__name__}", where=str(path), fix=RESTORE)
     return value
 
 
@@ -105,9 +107,11 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise FolderError(f"the line is damaged: {error}", where=f"{path}:{number}") from error
+        raise FolderError(f"the line is damaged: {error}", where=f"{path}:{number}", fix=RESTORE) from error
     if not isinstance(value, dict):
-        raise FolderError(f"expected a JSON object, found {type(value).__name__}", where=f"{path}:{number}")
+        raise FolderError(
+            f"expected a JSON object, found {type(value).__name__}", where=f"{path}:{number}", fix=RESTORE
+        )
     return value
 
 

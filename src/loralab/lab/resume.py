@@ -1,0 +1,85 @@
+"""Where a run begins: at its start, at its last checkpoint, or at a checkpoint of another run."""
+
+from pathlib import Path
+
+from loralab.errors import CheckpointError, FolderError
+from loralab.lab.prepare import Prepared
+from loralab.lab.watch import RunWatch
+from loralab.run.folder import RunFolder, environment, keep_lines, read_json, write_json
+from loralab.train.checkpoint import checkpoints, read_checkpoint
+from loralab.train.loop import Loop
+
+
+def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
+    """Write what the run was begun with, or refuse to go on with other weights or data."""
+    now = {"base": prepared.base.fingerprint, "data": prepared.data.fingerprints}
+    before = read_json(folder.environment).get("inputs")
+    if before is None:
+        write_json(folder.environment, {**environment(), "inputs": now, "data_report": prepared.data.report})
+    elif before != now:
+        changed = "base weights" if before["base"] != now["base"] else "data files"
+        raise FolderError(
+            f"the {changed} changed since this run began",
+            where=str(folder.environment),
+            fix="restore them, or move the run folder away to begin anew",
+        )
+
+
+def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, branch_from: str | None, fingerprint: str) -> None:
+    """Bring loop and watch to where the run goes on; drop what was written behind that step.
+
+    Args:
+        folder: of the run.
+        loop: fresh.
+        watch: fresh.
+        branch_from: `RUN@STEP`, where a run without checkpoints begins; None is at its start.
+        fingerprint: of the base.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged, or of another method or base.
+    """
+    found = checkpoints(folder.checkpoints)
+    if found:
+        state = read_checkpoint(found[-1])
+        loop.load_state(state)
+        watch.load(state.facts["watch"], state.step)
+        watch.total_steps = loop.total_steps
+    elif branch_from:
+        point = _branch_point(branch_from, folder.path.parent)
+        _same_base_or_refuse(point, fingerprint)
+        loop.load_state(read_checkpoint(point), branch=True)
+        if loop.step >= loop.total_steps:
+            raise CheckpointError(
+                f"the branch begins at step {loop.step} but ends at step {loop.total_steps}",
+                where="branch_from",
+                fix="give a longer train.steps, or an earlier checkpoint",
+            )
+    for lines in (folder.metrics, folder.scores):
+        # What stands at step 0 is measured again by a loop that begins there.
+        keep_lines(lines, lambda line: bool(found) and 0 < loop.step >= line["step"])
+    if loop.step:
+        watch.read_base(0 if not found else loop.step)
+
+
+def _branch_point(branch: str, root: Path) -> Path:
+    run, at, step = branch.rpartition("@")
+    if not at or not step.isdigit():
+        raise CheckpointError(f"{branch!r} does not name a checkpoint", where="branch_from", fix="write RUN@STEP")
+    places = [Path(run), root / run]
+    steps: list[str] = []
+    for place in places:
+        if (folder := place / "checkpoints" / f"step-{step}").is_dir():
+            return folder
+        steps += [path.name.removeprefix("step-") for path in checkpoints(place / "checkpoints")]
+    fix = f"checkpoints there: {', '.join(steps)}" if steps else "name a run folder that has checkpoints"
+    raise CheckpointError("no such checkpoint", where=branch, fix=fix)
+
+
+def _same_base_or_refuse(point: Path, fingerprint: str) -> None:
+    inputs = read_json(RunFolder(point.parents[1]).environment).get("inputs", {})
+    if inputs.get("base", fingerprint) != fingerprint:
+        raise CheckpointError(
+            "this checkpoint was trained on other base weights",
+            where=str(point),
+            fix="set model.path to the base of the run that it came from",
+        )
