@@ -166,7 +166,7 @@ def test_a_broken_off_run_goes_on_to_the_same_bits(world, whole, tmp_path, step)
 
 
 def test_a_run_that_lost_only_its_last_files_writes_them_again(world, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_write_items", lambda *_: fall_over())
+    monkeypatch.setattr(experiment, "write_items", lambda *_: fall_over())
     with pytest.raises(OSError):
         train(spec(world), tmp_path)
     monkeypatch.undo()
