@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a float, as type checkers see it
@@ -36,6 +37,11 @@ def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
     except BeartypeDecorHintPep3119Exception:
         return function
 
+
+# The same examples in every run, however slow the machine; --hypothesis-profile=wide draws new ones.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("wide", max_examples=1000, deadline=None)
+settings.load_profile("steady")
 
 install_import_hook("loralab", f"{__name__}.{check_types.__name__}")
 

@@ -15,7 +15,7 @@ from loralab.delta.merge import merged_weight
 from loralab.delta.store import load_lowrank, save_lowrank
 from loralab.errors import DeltaError
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -154,7 +154,8 @@ def test_the_errors_of_a_merge_are_those_of_its_weight(
         float((exact.to(stored).double() - exact).norm()) / size, rel=1e-6, abs=1e-12
     )
     # No rounding can do better than the nearest number; ours adds the error of float32 at most, and a tie now and then.
-    assert error.half_ulp_error <= error.rounded_error * (1 + 1e-9) + 1e-12
+    # Torch rounds float64 to bfloat16 by way of float32, so a tie may fall the other way: not better than one rounding.
+    assert error.half_ulp_error <= error.rounded_error * (1 + 1e-5) + 1e-12
     assert error.rounded_error <= error.half_ulp_error + 2 * error.float32_error + 1e-12
     assert error.unchanged_share == float((merged == weight).double().mean())
 

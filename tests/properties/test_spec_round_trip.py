@@ -105,7 +105,7 @@ def read_back(spec: RunSpec) -> RunSpec:
         return recipes.read(file)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(specs)
 @example(minimal("\x85"))
 @example(minimal("1e-5"))
@@ -116,7 +116,7 @@ def test_written_and_read_it_is_the_same(spec):
     assert again.folder_name == spec.folder_name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(words)
 @example("\ud800")
 @example("\ufeff")
@@ -124,7 +124,7 @@ def test_every_text_survives(word):
     assert read_back(minimal(word)) == minimal(word)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(specs, specs)
 def test_diff_is_empty_only_for_equal_specs(a, b):
     assert recipes.diff(a, a) == []

@@ -26,6 +26,9 @@ LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "lora_plus": 5e-4, "cola": 1e-3}
 
 def tell(out: Path, *, display: LiveDisplay | PlainDisplay, base_steps: int = 800, steps: int = 150) -> list[Result]:
     """Run the story in a folder; what is finished there is not run again."""
+    import torch
+
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on shared cores
     say = console().print
     data, base = out / "data", out / "base"
     write_data(data)
