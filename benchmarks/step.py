@@ -28,8 +28,8 @@ from loralab.base.data import Batch, collate
 from loralab.base.model import Base
 from loralab.base.text import Example
 from loralab.methods import METHODS
-from loralab.train.loss import NO_TARGET, LanguageHead
-from loralab.train.recompute import recompute_
+from loralab.training.loss import NO_TARGET, LanguageHead
+from loralab.training.recompute import recompute_
 
 Step = Callable[[], float]
 

@@ -12,10 +12,10 @@ from loralab.base.data import Batch, collate
 from loralab.base.model import Base
 from loralab.base.text import Example
 from loralab.methods import METHODS, Method
-from loralab.train.loop import Loop
-from loralab.train.loss import LanguageHead
-from loralab.train.objectives.text import TextObjective
-from loralab.train.optim import schedule, torch_optimizer
+from loralab.training.loop import Loop
+from loralab.training.loss import LanguageHead
+from loralab.training.objectives.text import TextObjective
+from loralab.training.optim import schedule, torch_optimizer
 from tiny import tiny
 
 VOCAB = 97

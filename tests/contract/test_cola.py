@@ -15,9 +15,9 @@ from loralab.delta.lowrank import LowRank, add
 from loralab.delta.merge import merge_, merged_weight
 from loralab.delta.store import load_lowrank, save_lowrank
 from loralab.methods.cola import Cola
-from loralab.train.loop import StepReport
-from loralab.train.loss import LanguageHead
-from loralab.train.optim import schedule
+from loralab.training.loop import StepReport
+from loralab.training.loss import LanguageHead
+from loralab.training.optim import schedule
 from tiny import tiny
 
 

@@ -22,7 +22,7 @@ from loralab.delta.store import load_lowrank
 from loralab.errors import DeltaError
 from loralab.methods import METHODS
 from loralab.methods.base import ParamGroup
-from loralab.train.loss import LanguageHead
+from loralab.training.loss import LanguageHead
 from tiny import DECODERS, ENCODERS, tiny
 
 every_family = pytest.mark.parametrize("family", DECODERS + ENCODERS)

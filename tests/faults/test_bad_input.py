@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from little_world import loralab, make_base, make_world, only_run, overrides, rows, write_rows
 from loralab.run.folder import RunFolder, read_lines
-from loralab.train.checkpoint import checkpoints
+from loralab.training.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")

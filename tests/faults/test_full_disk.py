@@ -10,7 +10,7 @@ import pytest
 
 from little_world import loralab, make_world, only_run, overrides, same_bits
 from loralab.run.folder import RunFolder
-from loralab.train.checkpoint import checkpoints, read_checkpoint
+from loralab.training.checkpoint import checkpoints, read_checkpoint
 
 RECIPES = ("sft-full", "sft-cola")
 LEVELS = 8

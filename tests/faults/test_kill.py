@@ -18,7 +18,7 @@ import pytest
 
 from little_world import in_child, make_world, only_run, overrides, same_bits
 from loralab.run.folder import RunFolder, read_lines
-from loralab.train.checkpoint import checkpoints
+from loralab.training.checkpoint import checkpoints
 
 STEPS = 12
 KILLS = 4

@@ -24,10 +24,10 @@ from loralab.base.model import load
 from loralab.base.text import encode, prompted
 from loralab.methods import METHODS
 from loralab.methods.lora import Lora
-from loralab.train.loop import Loop
-from loralab.train.loss import LanguageHead
-from loralab.train.objectives.text import TextObjective
-from loralab.train.optim import schedule, torch_optimizer
+from loralab.training.loop import Loop
+from loralab.training.loss import LanguageHead
+from loralab.training.objectives.text import TextObjective
+from loralab.training.optim import schedule, torch_optimizer
 from tiny import tiny
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP, WARMUP = 1e-3, 0.1, 0.5, 0.1

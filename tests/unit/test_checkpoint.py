@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loralab.errors import CheckpointError, FolderError, Interrupted
-from loralab.train import checkpoint as module
-from loralab.train.checkpoint import (
+from loralab.training import checkpoint as module
+from loralab.training.checkpoint import (
     State,
     checkpoints,
     prune,

@@ -14,7 +14,7 @@ from loralab.base.text import Example
 from loralab.errors import DeltaError
 from loralab.evals.drift import TextProbe, lower_bound_kl
 from loralab.evals.stats import mean_score, ratio_mean
-from loralab.train.loss import LanguageHead
+from loralab.training.loss import LanguageHead
 
 TOKENS = 101
 

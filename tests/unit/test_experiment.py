@@ -25,9 +25,9 @@ from loralab.run import trackers
 from loralab.run.folder import RunFolder, read_lines
 from loralab.spec.recipes import read
 from loralab.spec.spec import RunSpec
-from loralab.train.checkpoint import checkpoints, read_checkpoint
-from loralab.train.objectives import Loss
-from loralab.train.optim import schedule
+from loralab.training.checkpoint import checkpoints, read_checkpoint
+from loralab.training.objectives import Loss
+from loralab.training.optim import schedule
 
 DROPPED = {"method__rank": 4, "method__dropout": 0.1, "checkpoints__every": 2}
 COOLING = {"schedule__name": "inverse_sqrt", "schedule__warmup": 2, "schedule__scale": 4}

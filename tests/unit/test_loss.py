@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from loralab.base import attention
 from loralab.base.data import Batch, collate
 from loralab.base.text import Example
-from loralab.train.loss import NO_TARGET, LanguageHead, chunked_cross_entropy
+from loralab.training.loss import NO_TARGET, LanguageHead, chunked_cross_entropy
 from tiny import tiny
 
 

@@ -14,8 +14,8 @@ from loralab.base.data import Batch, collate
 from loralab.base.model import Base
 from loralab.base.text import Example
 from loralab.methods.lora import Lora
-from loralab.train.loss import LanguageHead
-from loralab.train.recompute import recompute_
+from loralab.training.loss import LanguageHead
+from loralab.training.recompute import recompute_
 
 HIDDEN, KV, MLP, RANK, TOKENS = 128, 64, 352, 8, 256
 

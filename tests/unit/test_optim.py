@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from loralab.methods.base import ParamGroup
-from loralab.train.optim import Optimizer, schedule, steps_of, torch_optimizer
+from loralab.training.optim import Optimizer, schedule, steps_of, torch_optimizer
 
 
 def group(tensors: dict[str, Parameter], lr: float = 1e-2, decay: float = 0.0, name: str = "all") -> ParamGroup:

@@ -21,7 +21,7 @@ from torch import Tensor
 from loralab.base.data import Batch
 from loralab.errors import DeltaError
 from loralab.evals.stats import Score, mean_score
-from loralab.train.loss import NO_TARGET, LanguageHead
+from loralab.training.loss import NO_TARGET, LanguageHead
 
 NATS = "nats/token"
 STEP_0_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}

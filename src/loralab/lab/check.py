@@ -13,8 +13,8 @@ from loralab.lab.experiment import loop_of
 from loralab.lab.prepare import prepare
 from loralab.methods.base import Attachment, Knot
 from loralab.spec.spec import RunSpec
-from loralab.train.checkpoint import State
-from loralab.train.loop import StepReport
+from loralab.training.checkpoint import State
+from loralab.training.loop import StepReport
 
 STOP_SAMPLE = 256
 """Examples looked at for the stop token."""

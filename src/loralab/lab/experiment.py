@@ -15,9 +15,9 @@ from loralab.run.folder import RunFolder
 from loralab.run.trackers import mirrors
 from loralab.spec.recipes import dump
 from loralab.spec.spec import RunSpec
-from loralab.train.loop import Loop
-from loralab.train.objectives.text import TextObjective
-from loralab.train.optim import schedule, torch_optimizer
+from loralab.training.loop import Loop
+from loralab.training.objectives.text import TextObjective
+from loralab.training.optim import schedule, torch_optimizer
 
 
 def train(spec: RunSpec, root: str | Path = "runs", *, display: Display | None = None) -> Result:

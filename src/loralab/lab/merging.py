@@ -18,7 +18,7 @@ from loralab.delta.merge import LayerMerge, merge_
 from loralab.delta.store import check_base, is_adapter, load_lowrank
 from loralab.errors import DataError, DeltaError, FolderError, MergeError
 from loralab.run.folder import write_json
-from loralab.train.loss import LanguageHead
+from loralab.training.loss import LanguageHead
 
 PROBE_TEXT = (
     "Once upon a time a small river ran past an old mill. The miller counted the sacks: seven of wheat, four of rye. "

@@ -18,8 +18,8 @@ from loralab.evals.drift import TextProbe
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
-from loralab.train.loss import LanguageHead
-from loralab.train.recompute import recompute_
+from loralab.training.loss import LanguageHead
+from loralab.training.recompute import recompute_
 
 PROBE_BATCH_TOKENS = 4096
 STREAM_HEAD_ROWS = 4096

@@ -6,8 +6,8 @@ from loralab.errors import CheckpointError, FolderError
 from loralab.lab.prepare import Prepared
 from loralab.lab.watch import RunWatch
 from loralab.run.folder import RunFolder, environment, keep_lines, read_json, write_json
-from loralab.train.checkpoint import checkpoints, read_checkpoint
-from loralab.train.loop import Loop
+from loralab.training.checkpoint import checkpoints, read_checkpoint
+from loralab.training.loop import Loop
 
 
 def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:

@@ -12,9 +12,9 @@ from loralab.evals.stats import Score
 from loralab.methods.base import Knot, Method
 from loralab.run.folder import RunFolder, append_line
 from loralab.run.trackers import Mirror
-from loralab.train.checkpoint import State, prune, write_checkpoint
-from loralab.train.loop import StepReport
-from loralab.train.optim import steps_of
+from loralab.training.checkpoint import State, prune, write_checkpoint
+from loralab.training.loop import StepReport
+from loralab.training.optim import steps_of
 
 
 class Display(Protocol):

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from loralab.base.data import Batch
-from loralab.train.loss import LanguageHead
-from loralab.train.objectives import Loss
+from loralab.training.loss import LanguageHead
+from loralab.training.objectives import Loss
 
 
 class StepFeed(Protocol):

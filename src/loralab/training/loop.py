@@ -16,9 +16,9 @@ from torch import nn
 
 from loralab.errors import CheckpointError, Diverged, Interrupted, TargetError
 from loralab.methods.base import Knot, Method, Progress
-from loralab.train.checkpoint import State, random_state, set_random_state
-from loralab.train.objectives import Objective
-from loralab.train.optim import MakeTorchOptimizer, Optimizer, Schedule
+from loralab.training.checkpoint import State, random_state, set_random_state
+from loralab.training.objectives import Objective
+from loralab.training.optim import MakeTorchOptimizer, Optimizer, Schedule
 
 SPIKE_WINDOW, SPIKE_PATIENCE, SPIKE_FLOOR_NATS = 50, 10, 0.1
 
