@@ -56,9 +56,17 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankModule]:
 
 @contextmanager
 def active(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let only the named pairs act inside the block, each layer those of them that it has."""
+    """Let only the named pairs act inside the block, each layer those of them that it has.
+
+    Raises:
+        DeltaError: no layer has a pair of that name.
+    """
     chosen = tuple(names)
     before = {layer: layer.active for layer in low_rank_layers(model).values()}
+    for name in chosen:
+        if not any(name in layer.pairs for layer in before):
+            known = sorted({pair for layer in before for pair in layer.pairs})
+            raise DeltaError(f"no layer has a pair {name!r}", fix=f"pairs on this model: {', '.join(known) or 'none'}")
     try:
         for layer in before:
             layer.active = tuple(name for name in chosen if name in layer.pairs)

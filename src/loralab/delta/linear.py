@@ -1,6 +1,6 @@
 """A frozen linear layer with low-rank pairs beside it, and the autograd that keeps it lean.
 
-Legend: x (tokens, in), W (out, in) frozen, A (rank, in), B (out, rank), s (rank) the pairs' scales,
+Legend: x (tokens, in), W (out, in) frozen, A (rank, in), B (out, rank), s the pairs' scale,
 h = s · (x Aᵀ) (tokens, rank), y = x Wᵀ + bias + h Bᵀ.
 
 Cost per call beyond the base GEMM: two r-wide GEMMs forward, four backward. Saved for backward: x once (a tensor shared by
@@ -50,13 +50,17 @@ class LowRankModule(nn.Module):
         assert isinstance(found, Pair)
         return found
 
-    def stacked(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], list[float]]:
-        """Give the active pairs as one: A stacked by rows, B by columns, one scale for each row of A."""
+    def stacked(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], float]:
+        """Give the active pairs as one: A stacked by rows, B by columns, one scale.
+
+        As in `rank_sum`, a scale that differs from the first goes, as their ratio, into that B.
+        """
         pairs = [self.pair(name) for name in self.active]
-        scales = [pair.scale for pair in pairs for _ in range(pair.A.shape[0])]
+        scale = pairs[0].scale
         if len(pairs) == 1:
-            return pairs[0].A, pairs[0].B, scales
-        return torch.cat([p.A for p in pairs]), torch.cat([p.B for p in pairs], dim=1), scales
+            return pairs[0].A, pairs[0].B, scale
+        B = torch.cat([p.B if p.scale == scale else p.B * (p.scale / scale) for p in pairs], dim=1)
+        return torch.cat([p.A for p in pairs]), B, scale
 
 
 class LowRankLinear(LowRankModule):
@@ -76,20 +80,19 @@ class LowRankLinear(LowRankModule):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not self.active:
             return self.base(x)
-        A, B, scales = self.stacked()
+        A, B, scale = self.stacked()
         dropout = self.dropout if self.training else 0.0
         if self._callable_only:
-            return self._through_base(x, A, B, scales, dropout)
+            return self._through_base(x, A, B, scale, dropout)
         base: Any = self.base
         weight = base.weight.t() if self._transposed else base.weight
-        scale = A.new_tensor(scales) if len(set(scales)) > 1 else scales[0]
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         return _LowRankLinear.apply(x, weight, base.bias, A, B, scale, dropout, seed)
 
-    def _through_base(self, x: Tensor, A: Tensor, B: Tensor, scales: list[float], dropout: float) -> Tensor:
+    def _through_base(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         """Do the same with plain autograd where only the base itself can multiply by its weight."""
         y = self.base(x)
-        h = F.linear(F.dropout(x, dropout), A.to(x.dtype)) * x.new_tensor(scales)
+        h = F.linear(F.dropout(x, dropout), A.to(x.dtype)) * scale
         return y + F.linear(h, B.to(x.dtype)).to(y.dtype)
 
 
@@ -103,8 +106,8 @@ class LowRankEmbedding(LowRankModule):
         rows = self.base(ids)
         if not self.active:
             return rows
-        A, B, scales = self.stacked()
-        h = F.embedding(ids, A.t()) * A.new_tensor(scales)
+        A, B, scale = self.stacked()
+        h = F.embedding(ids, A.t()) * scale
         gain = getattr(self.base, "embed_scale", 1.0)
         return rows + (F.linear(h, B) * gain).to(rows.dtype)
 
@@ -119,7 +122,7 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def _compute_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, dropout: float, seed: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Compute y (tokens, out) and h (tokens, rank) for x (tokens, in)."""
     y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -131,7 +134,7 @@ def _compute_forward(
 # One opaque operator, so that selective recomputation keeps its outputs and torch.compile does not look inside.
 _library = torch.library.Library("loralab", "DEF")
 _library.define(
-    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scale, float dropout, int seed)"
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, int seed)"
     " -> (Tensor, Tensor)"
 )
 _library.impl("low_rank_linear", _compute_forward, "CompositeExplicitAutograd")
@@ -153,28 +156,29 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scale: Any,
+        scale: float,
         dropout: float,
         seed: int,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
         y, h = torch.ops.loralab.low_rank_linear(flat, weight, bias, A, B, scale, dropout, seed)
-        ctx.save_for_backward(flat, h, weight, A, B, scale)
-        ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
+        # x is needed for A's gradient only, h for B's: a frozen factor keeps nothing.
+        trains_A, trains_B = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(flat if trains_A else None, h if trains_B else None, weight, A, B)
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, h, weight, A, B, scale = ctx.saved_tensors
+        x, h, weight, A, B = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dA = dB = None
         if needs_B:
             dB = torch.mm(dy.t(), h).to(B.dtype)
         if needs_A or needs_x:
-            dh = torch.mm(dy, B.to(dy.dtype)).mul_(scale)
+            dh = torch.mm(dy, B.to(dy.dtype)).mul_(ctx.scale)
         if needs_A:
             dA = torch.mm(dh.t(), _dropped(x, ctx.dropout, ctx.seed)).to(A.dtype)
         if needs_x:

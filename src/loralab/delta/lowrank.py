@@ -67,14 +67,16 @@ class Delta(Mapping[str, LayerDelta]):
     """Everything a fine-tuning changed: layer name → its change.
 
     `layers` holds weight matrices by module name (`model.layers.0.self_attn.q_proj`); `whole` holds parameters that
-    were trained whole beside them (norms, biases, heads), by parameter name and as their tuned values; `chained` tells
-    the ranks of the links where a chain was summed.
+    were trained whole beside them (norms, biases, heads), by parameter name and as their tuned values; `embeddings` names
+    the layers that are embeddings. `base_fingerprint` says which base it was made on. With `keeps_ties`, a table that
+    embedding and head share stays shared, as in full fine-tuning; a pair belongs to one of the two.
     """
 
     layers: dict[str, LayerDelta]
     whole: dict[str, Tensor] = field(default_factory=dict)
     base_fingerprint: str | None = None
     embeddings: frozenset[str] = frozenset()
+    keeps_ties: bool = False
 
     def __getitem__(self, name: str) -> LayerDelta:
         return self.layers[name]
@@ -84,11 +86,6 @@ class Delta(Mapping[str, LayerDelta]):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether every layer is a pair, so that the delta fits a PEFT folder."""
-        return all(isinstance(layer, LowRank) for layer in self.layers.values())
 
     @property
     def num_parameters(self) -> int:

@@ -69,11 +69,11 @@ def merge_(model: nn.Module, delta: Delta, dtype: torch.dtype | None = None) -> 
         DeltaError: a layer is missing or quantised, shapes differ, or a sum is not finite.
     """
     errors = []
+    if not delta.keeps_ties:
+        _untie_(model, {*delta, *(name.rpartition(".")[0] for name in delta.whole)})
     set_whole_(model, delta)
     for name, change in delta.items():
         module: Any = model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
-            _untie_(model, module)
         weight = weight_of(module)
         if weight.data_ptr() != module.weight.data_ptr():
             raise DeltaError(
@@ -87,10 +87,11 @@ def merge_(model: nn.Module, delta: Delta, dtype: torch.dtype | None = None) -> 
     return errors
 
 
-def _untie_(model: nn.Module, embedding: nn.Embedding) -> None:
-    """Give the head its own copy of a tied table, because the pair changed the embedding only."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and head.weight is embedding.weight:
+def _untie_(model: Any, touched: set[str]) -> None:
+    """Give the head its own copy of a table that it shares with the embedding, if only one of the two changes."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not table.weight:
+        return
+    if any(name in touched for name, module in model.named_modules() if module is table or module is head):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        if (settings := getattr(model, "config", None)) is not None:
-            settings.tie_word_embeddings = False
+        model.config.tie_word_embeddings = False

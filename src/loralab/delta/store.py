@@ -228,4 +228,4 @@ def difference(
             changes[name] = Dense(moved.t() if layers[name] else moved)
         else:
             whole[key] = value.detach()
-    return Delta(changes, whole, fingerprint)
+    return Delta(changes, whole, fingerprint, keeps_ties=True)

@@ -62,7 +62,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         mirrors=mirrors(list(spec.trackers), folder.path, spec.folder_name, spec.model_dump(mode="json")),
         stop_requested=lambda: stop.requested,
     )
-    resume(folder, loop, watch, branch_from=spec.branch_from, fingerprint=prepared.base.fingerprint)
+    resume(folder, loop, watch, spec=spec, fingerprint=prepared.base.fingerprint)
     share = {
         "trained_parameters": prepared.attachment.trained_parameters,
         "all_parameters": prepared.attachment.all_parameters,

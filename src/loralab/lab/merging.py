@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from loralab.base.data import Batch, collate
-from loralab.base.hub import read_facts
+from loralab.base.hub import find, read_facts
 from loralab.base.model import Base, load
 from loralab.base.text import Example
 from loralab.delta.layers import load_delta_, unwrap_
@@ -113,7 +113,7 @@ def merge(
     if not is_adapter(folder) and (folder / "config.json").is_file():
         raise DeltaError("this is a whole checkpoint: there is nothing to merge", where=str(folder))
     delta = load_lowrank(folder)
-    stored = _stored_dtype(base_path)
+    stored = _stored_dtype(base_path, revision)
     chosen = getattr(torch, dtype) if dtype else stored
     wide = "bfloat16" if stored is torch.bfloat16 and chosen is torch.bfloat16 else "float32"
     base = load(base_path, revision=revision, dtype=wide, device="cpu", trust_remote_code=trust_remote_code)
@@ -158,11 +158,11 @@ def _save(base: Base, target: Path, facts: dict[str, Any]) -> None:
         raise FolderError(f"the merged model cannot be written: {error}", where=str(target), fix=fix) from error
 
 
-def _stored_dtype(path: str) -> torch.dtype:
-    """Read the dtype that a model folder names; float32 where it names none."""
-    folder = Path(path)
-    facts = read_facts(folder) if (folder / "config.json").is_file() else {}
-    found = getattr(torch, str(facts.get("dtype") or facts.get("torch_dtype") or "float32"), torch.float32)
+def _stored_dtype(path: str, revision: str | None) -> torch.dtype:
+    """Read the dtype that a model says its weights have, in a folder or on the hub; float32 where it says none."""
+    facts = read_facts(find(path, revision)[0])
+    named = [part.get(key) for part in (facts, facts.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
+    found = getattr(torch, str(next((name for name in named if name), "float32")), torch.float32)
     assert isinstance(found, torch.dtype)
     return found
 

@@ -18,7 +18,9 @@ from loralab.evals.drift import TextProbe
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
+from loralab.spec.training import InverseSqrtSpec
 from loralab.training.loss import LanguageHead
+from loralab.training.optim import steps_of
 from loralab.training.recompute import recompute_
 
 PROBE_BATCH_TOKENS = 4096
@@ -75,6 +77,7 @@ def prepare(spec: RunSpec) -> Prepared:
     head = LanguageHead(base.model, spec.objective.chunk)
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data.feed)
+    _refuse_short(spec, total)
     return Prepared(base, data, method, attachment, head, _probes(spec, data, head), total)
 
 
@@ -84,6 +87,12 @@ def load_base(spec: RunSpec) -> Base:
         fix = "drop model.quantize, or choose a low-rank method"
         raise SpecError([LoralabError("a quantised base cannot move", where="model.quantize", fix=fix)])
     base = load(**spec.model.model_dump())
+    if type(base.model).__name__.endswith("MaskedLM"):
+        raise ModelError(
+            f"{type(base.model).__name__} reads both ways: predicting the next token means nothing to it",
+            where="model.path",
+            fix="take a causal language model",
+        )
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if longest and spec.data.max_length > longest:
         raise ModelError(
@@ -165,6 +174,17 @@ def _refuse_unpackable(spec: RunSpec, head: LanguageHead) -> None:
     """Refuse a spec that lays documents side by side in a model that cannot keep them apart, before any step."""
     if not head.packs and (spec.data.packing or spec.train.micro_batch != 1):
         raise head.unpackable()
+
+
+def _refuse_short(spec: RunSpec, total_steps: int) -> None:
+    """Refuse a run that ends before its schedule has risen and fallen."""
+    warmup, cooldown = steps_of(spec.schedule.warmup, total_steps), 0
+    if isinstance(spec.schedule, InverseSqrtSpec):
+        cooldown = steps_of(spec.schedule.cooldown, total_steps)
+    if warmup + cooldown > total_steps:
+        what = f"{total_steps} steps are fewer than the warm-up ({warmup}) and cooldown ({cooldown}) together"
+        fix = "give shares (below 1) instead of steps, or train longer"
+        raise SpecError([LoralabError(what, where="schedule.warmup", fix=fix)])
 
 
 def _probes(spec: RunSpec, data: Data, head: LanguageHead) -> list[TextProbe]:

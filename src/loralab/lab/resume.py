@@ -6,8 +6,13 @@ from loralab.errors import CheckpointError, FolderError
 from loralab.lab.prepare import Prepared
 from loralab.lab.watch import RunWatch
 from loralab.run.folder import RunFolder, environment, keep_lines, read_json, write_json
+from loralab.spec.recipes import diff, read
+from loralab.spec.spec import RunSpec
 from loralab.training.checkpoint import checkpoints, read_checkpoint
 from loralab.training.loop import Loop
+
+TRUNK = ("seed", "model", "data", "method", "objective", "optimizer")
+"""Sections that a branch shares with the run it comes from."""
 
 
 def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
@@ -25,14 +30,14 @@ def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
         )
 
 
-def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, branch_from: str | None, fingerprint: str) -> None:
+def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, spec: RunSpec, fingerprint: str) -> None:
     """Bring loop and watch to where the run goes on; drop what was written behind that step.
 
     Args:
         folder: of the run.
         loop: fresh.
         watch: fresh.
-        branch_from: `RUN@STEP`, where a run without checkpoints begins; None is at its start.
+        spec: of the run; `branch_from` says where it begins if it has no checkpoint yet.
         fingerprint: of the base.
 
     Raises:
@@ -44,9 +49,10 @@ def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, branch_from: str |
         loop.load_state(state)
         watch.load(state.facts["watch"], state.step)
         watch.total_steps = loop.total_steps
-    elif branch_from:
-        point = _branch_point(branch_from, folder.path.parent)
+    elif spec.branch_from:
+        point = _branch_point(spec.branch_from, folder.path.parent)
         _same_base_or_refuse(point, fingerprint)
+        _same_trunk_or_refuse(point, spec)
         loop.load_state(read_checkpoint(point), branch=True)
         if loop.step >= loop.total_steps:
             raise CheckpointError(
@@ -73,6 +79,18 @@ def _branch_point(branch: str, root: Path) -> Path:
         steps += [path.name.removeprefix("step-") for path in checkpoints(place / "checkpoints")]
     fix = f"checkpoints there: {', '.join(steps)}" if steps else "name a run folder that has checkpoints"
     raise CheckpointError("no such checkpoint", where=branch, fix=fix)
+
+
+def _same_trunk_or_refuse(point: Path, spec: RunSpec) -> None:
+    """Refuse a branch that differs from its trunk in more than length, schedule, probes and checkpoints."""
+    trunk = read(RunFolder(point.parents[1]).spec)
+    changed = [key for key, _, _ in diff(trunk, spec) if key.partition(".")[0] in TRUNK]
+    if changed:
+        raise CheckpointError(
+            f"a branch goes on as its trunk did, but differs in {', '.join(changed[:4])}",
+            where=str(point),
+            fix="change only train, schedule, probes and checkpoints",
+        )
 
 
 def _same_base_or_refuse(point: Path, fingerprint: str) -> None:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from loralab.delta.lowrank import Delta
+from loralab.errors import DataError, TargetError
 from loralab.methods.base import Knot, Progress
 from loralab.methods.lora import Lora
 
@@ -30,7 +31,7 @@ class Cola(Lora):
         self.num_links, self.schedule, self.stop_gain = links, schedule, stop_gain
         self.budgets = budgets or [1.0] * links
         self.ranks = ranks or [self.rank] * links
-        self.rank = self.ranks[0]
+        self.rank = self.alpha_rank = self.ranks[0]
         self._loss_before: float | None = None
 
     def rank_of(self, link: str) -> int:
@@ -38,6 +39,12 @@ class Cola(Lora):
 
     def knots(self, total_steps: int) -> list[int]:
         """Give the steps after which a link ends; the last is the end of the run. Every link has at least one step."""
+        if total_steps < self.num_links:
+            raise TargetError(
+                f"{total_steps} steps cannot train {self.num_links} links",
+                where="method.links",
+                fix="train longer, or take fewer links",
+            )
         whole = sum(self.budgets)
         ends = [round(total_steps * part / whole) for part in accumulate(self.budgets)]
         for i in range(len(ends)):
@@ -58,7 +65,14 @@ class Cola(Lora):
     def at_step(self, progress: Progress) -> Knot | None:
         """Freeze the link that ended and begin the next; end the chain when a link gained less than `stop_gain`."""
         if progress.step == 0:
+            self.knots(progress.total_steps)
             self._loss_before = progress.validation_loss() if self.stop_gain is not None else None
+            if self.stop_gain is not None and self._loss_before is None:
+                raise DataError(
+                    "a chain that stops by gain needs validation rows",
+                    where="method.stop_gain",
+                    fix="give data.validation or a data.validation_share above 0",
+                )
             return None
         if progress.step not in self.knots(progress.total_steps)[:-1]:
             return None

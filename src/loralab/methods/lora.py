@@ -74,6 +74,7 @@ class Lora(OneStage):
         if self.also_train:
             found = match_parameters(model, self.also_train, [])
             self.whole = {name: model.get_parameter(name) for name in found}
+            _refuse_tied(base, self.whole)
             self._whole_base = {name: p.detach().clone() for name, p in self.whole.items()}
         self.layers = wrap_(model, names, self.dropout)
         self.add_link(FIRST, self.rank)
@@ -183,6 +184,19 @@ def _set(parameters: dict[str, Parameter], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+def _refuse_tied(base: Base, whole: dict[str, Parameter]) -> None:
+    """Refuse a table that embedding and head share: an adapter's file can hold it for one of the two only."""
+    table, head = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    if head is not None and head.weight is table.weight:
+        for name, parameter in whole.items():
+            if parameter is head.weight:
+                raise TargetError(
+                    f"{name} is shared by embedding and head, which an adapter cannot say",
+                    where="method.also_train",
+                    fix="leave it out, put a pair on it by naming it in method.targets, or use method full",
+                )
 
 
 def _refuse_unmatched(patterns: dict[str, Any], names: list[str], key: str) -> None:

@@ -2,7 +2,7 @@
 
 Paper: Hayou et al. 2024 (2402.12354). Groups as in the authors' code: A (and other matrices), B, vectors without weight
 decay at B's rate, and pairs on embeddings at a rate of their own. Here: groups are named, weight decay is honoured in all
-groups but vectors, and ratio 1 is LoRA bit for bit.
+groups but vectors, and ratio 1 is LoRA bit for bit (pairs on embeddings keep their own rate).
 """
 
 from typing import Any

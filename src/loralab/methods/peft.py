@@ -4,17 +4,18 @@ The library injects its layers and saves its own folder; this file only fits it 
 weights when they begin (PiSSA, OLoRA) are undone exactly by `without`, because the touched weights are kept.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
 
 from loralab.base.model import Base
-from loralab.base.targets import linears, weight_of
 from loralab.delta.lowrank import Delta, Dense, LayerDelta
 from loralab.errors import LoralabError, SpecError, TargetError, did_you_mean
 from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
@@ -41,7 +42,8 @@ class Peft(OneStage):
         model: Any = base.model
         self._settings = self._tuner_settings(peft)
         all_parameters = count_all(model)
-        kept: dict[str, Tensor] = {name: weight_of(layer).detach().clone() for name, layer in linears(model).items()}
+        own = {id(parameter): name for name, parameter in model.named_parameters()}
+        kept = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         # The library draws its starting values from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -52,11 +54,25 @@ class Peft(OneStage):
         # The library writes the folder that the weights came from, which for a hub base is one of the local cache.
         self._settings.base_model_name_or_path = self._base.path
         self._layers = self._tuner_layers()
-        self._before = {name: kept[name] for name in self._layers if name in kept}
+        self._refuse_what_needs_more()
         self.parameters: dict[str, Parameter] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
+        # The base's own tensors that train (biases), or that the tuner rewrote when it began (PiSSA, OLoRA).
+        mine = {own[id(p)]: p for p in self._model.parameters() if id(p) in own}
+        self._own = {n: p for n, p in mine.items() if p.requires_grad or not torch.equal(p.detach().cpu(), kept[n])}
+        self._before = {name: kept[name] for name in self._own}
         return Attachment(tuple(self._layers), count(self.parameters), all_parameters)
+
+    def _refuse_what_needs_more(self) -> None:
+        """Refuse tuners that a delta cannot hold, or that ask for calls of their own during training."""
+        if not self._layers:
+            what, fix = "changes no layer, so it has no delta", "choose a tuner of weights, such as LORA, OFT or IA3"
+        elif hasattr(self._model.base_model, "update_and_allocate"):
+            what, fix = "moves its ranks by calls of its own during training", "use method lora with rank_pattern"
+        else:
+            return
+        raise TargetError(f"peft's {self.tuner} {what}", where="method.tuner", fix=fix)
 
     def _tuner_settings(self, peft: Any) -> Any:
         known = {kind.value if hasattr(kind, "value") else str(kind): kind for kind in peft.PeftType}
@@ -95,35 +111,53 @@ class Peft(OneStage):
         return split_vectors(self.parameters, learning_rate, weight_decay)
 
     def delta(self) -> Delta:
-        """Merge each layer for a moment and give its dense difference from the base."""
+        """Merge each layer for a moment and give its dense difference from the base; what trains whole is added."""
         layers: dict[str, LayerDelta] = {}
+        embeddings = set()
         for name, layer in self._layers.items():
-            if name not in self._before:
-                continue
-            weight = weight_of(layer.get_base_layer())
+            inner = layer.get_base_layer()
+            weight = inner.weight
             held = weight.detach().clone()
+            before = self._before.get(f"{name}.weight", held).to(held.device)
             layer.merge(adapter_names=[ADAPTER])
-            layers[name] = Dense(weight.detach().float() - self._before[name].float())
+            moved = weight.detach().float() - before.float()
             layer.unmerge()
             with torch.no_grad():
                 weight.copy_(held)
-        return Delta(layers, {}, self._base.fingerprint)
+            transposed = isinstance(inner, Conv1D | nn.Embedding)
+            layers[name] = Dense(moved.t() if transposed else moved)
+            if isinstance(inner, nn.Embedding):
+                embeddings.add(name)
+        return Delta(layers, self._whole(), self._base.fingerprint, frozenset(embeddings))
+
+    def _whole(self) -> dict[str, Tensor]:
+        from peft.utils.other import ModulesToSaveWrapper
+
+        whole = {name: p.detach() for name, p in self._own.items() if p.requires_grad}
+        for name, module in self._base.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                trained = module.modules_to_save[ADAPTER].state_dict()
+                whole |= {f"{name}.{leaf}": value for leaf, value in trained.items()}
+        return whole
 
     @contextmanager
     def without(self) -> Iterator[None]:
         """Restore the base exactly inside the block."""
-        weights = {name: weight_of(self._layers[name].get_base_layer()) for name in self._before}
-        changed = {name: w.detach().clone() for name, w in weights.items() if not torch.equal(w, self._before[name])}
-        with torch.no_grad():
-            for name in changed:
-                weights[name].copy_(self._before[name])
+        tuned = {name: parameter.detach().clone() for name, parameter in self._own.items()}
+        self._set_own(self._before)
         try:
-            with self._model.disable_adapter():
-                yield
+            with warnings.catch_warnings():
+                # peft warns that it leaves trained biases in place; they were set back above.
+                warnings.simplefilter("ignore", UserWarning)
+                with self._model.disable_adapter():
+                    yield
         finally:
-            with torch.no_grad():
-                for name, value in changed.items():
-                    weights[name].copy_(value)
+            self._set_own(tuned)
+
+    def _set_own(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._own.items():
+                parameter.copy_(values[name])
 
     def save(self, folder: Path) -> None:
         """Write the library's own adapter folder."""

@@ -24,7 +24,7 @@ class LoraSpec(Strict):
     rank: Count = 16
     """P1 finds 16 enough to forget least and 256 to learn most; 16 is the cheap end."""
     alpha: Positive | None = None
-    """None is 2·rank (P1: best at every learning rate tried)."""
+    """None is 2·rank, of the first link in a chain (P1: best at every learning rate tried)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """`alpha/sqrt(r)` is rank-stabilised LoRA (Kalajdzievski 2023)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

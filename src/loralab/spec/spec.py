@@ -160,7 +160,7 @@ class RunSpec(Strict):
             return data
         name = str(method.get("name"))
         if name in ("lora", "lora_plus", "cola") and method.get("alpha") is None:
-            rank = method.get("rank", LoraSpec.model_fields["rank"].default)
+            rank = cls._first_rank(method)
             if isinstance(rank, int) and rank > 0:
                 data["method"] = {**method, "alpha": 2.0 * rank}
         if isinstance(optimizer, dict) and optimizer.get("learning_rate") is None:
@@ -168,6 +168,26 @@ class RunSpec(Strict):
             ratio = {"full": 1.0, "lora_plus": low_rank / 2.0}.get(name, low_rank)
             data["optimizer"] = {**optimizer, "learning_rate": FULL_LEARNING_RATE * ratio}
         return data
+
+    @staticmethod
+    def _first_rank(method: dict[str, Any]) -> Any:
+        ranks = method.get("ranks")
+        if isinstance(ranks, list) and ranks:
+            return ranks[0]
+        return method.get("rank", LoraSpec.model_fields["rank"].default)
+
+    @model_validator(mode="after")
+    def _branches_warm_up_in_steps(self) -> "RunSpec":
+        if self.branch_from and 0 < self.schedule.warmup < 1:
+            # A share of the branch's own length is not the trunk's warm-up: the learning rate would jump.
+            raise ValueError("schedule.warmup: give the trunk's warm-up in steps, a branch has another length")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_count_steps_or_full_bins(self) -> "RunSpec":
+        if self.data.streaming and self.train.tokens is not None and not self.data.packing:
+            raise ValueError("train.tokens of a stream needs data.packing: give train.steps")
+        return self
 
     @model_validator(mode="after")
     def _streams_have_no_epochs(self) -> "RunSpec":

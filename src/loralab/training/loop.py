@@ -125,6 +125,7 @@ class Loop:
             loss = self.objective.loss(self.model, batch)
             if loss.weight:
                 loss.total.backward()
+                self.optimizer.collect()
             total += float(loss.total.detach())
             weight += loss.weight
             tokens += batch.tokens.numel()
@@ -155,14 +156,16 @@ class Loop:
         return Diverged(
             f"training diverged: {what}",
             where=f"step {self.step + 1}",
-            fix="lower optimizer.learning_rate, raise schedule.warmup, or raise train.spike if this loss is expected",
+            fix="lower optimizer.learning_rate or raise schedule.warmup; if this loss is expected, raise train.spike and"
+            " go on from the last checkpoint with --from RUN@STEP",
         )
 
     def _look_for_dead_tensors(self, watch: Watch) -> None:
         """In the first two steps, find tensors that never receive a gradient (a pair's A needs the second step)."""
         if self.step > 1:
             return
-        dead = {n for n, p in self.optimizer.tensors.items() if p.grad is None or not bool(p.grad.any())}
+        alive = {name for name, grad in self.optimizer.gradients().items() if bool(grad.any())}
+        dead = set(self.optimizer.tensors) - alive
         self._without_gradient = dead if self._without_gradient is None else self._without_gradient & dead
         if self.step == 1 and self._without_gradient:
             names = sorted(self._without_gradient)

@@ -74,7 +74,10 @@ class LionW(torch.optim.Optimizer):
             if not tensors:
                 continue
             grads = [p.grad for p in tensors]
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in tensors]
+            for p in tensors:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in tensors]
             update = torch._foreach_lerp(grads, momenta, slow)
             torch._foreach_sign_(update)
             if keep != 1:
@@ -122,6 +125,7 @@ class Optimizer:
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
             for name, p in self.tensors.items()
         }
+        self._narrow = [name for name, p in self.tensors.items() if self._masters[name] is not p]
         self._inner = make(
             [
                 {
@@ -133,10 +137,21 @@ class Optimizer:
             ]
         )
 
+    def collect(self) -> None:
+        """Add the gradients of narrow tensors to their float32 masters, so that accumulation rounds nothing."""
+        for name in self._narrow:
+            if (grad := self.tensors[name].grad) is not None:
+                master = self._masters[name]
+                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+                self.tensors[name].grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Give the collected gradients by name, those that there are."""
+        return {name: m.grad for name, m in self._masters.items() if m.grad is not None}
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient: the one normaliser of an optimizer step."""
-        grads = [p.grad for p in self.tensors.values() if p.grad is not None]
-        if grads:
+        if grads := list(self.gradients().values()):
             torch._foreach_mul_(grads, factor)
 
     def clip(self, largest: float | None) -> float:
@@ -144,30 +159,26 @@ class Optimizer:
 
         Tensors enter in the order of their names, so that regrouping them changes no bit.
         """
-        ordered = [self.tensors[name] for name in sorted(self.tensors) if self.tensors[name].grad is not None]
+        ordered = [self._masters[name] for name in sorted(self.gradients())]
         if largest is None:
-            return float(torch.nn.utils.get_total_norm([p.grad for p in ordered if p.grad is not None]))
+            return float(torch.nn.utils.get_total_norm([m.grad for m in ordered if m.grad is not None]))
         return float(torch.nn.utils.clip_grad_norm_(ordered, largest))
 
     def step(self, factor: float) -> None:
         """Move the tensors with every group's learning rate times `factor`, and forget the gradients."""
         for group, inner in zip(self.groups, self._inner.param_groups, strict=True):
             inner["lr"] = group.learning_rate * factor
-        narrow = [name for name, p in self.tensors.items() if self._masters[name] is not p]
-        for name in narrow:
-            grad = self.tensors[name].grad
-            self._masters[name].grad = None if grad is None else grad.float()
+        self.collect()
         self._inner.step()
         with torch.no_grad():
-            for name in narrow:
+            for name in self._narrow:
                 self.tensors[name].copy_(self._masters[name])
-                self._masters[name].grad = None
         self.zero()
 
     def zero(self) -> None:
         """Forget the gradients."""
-        for parameter in self.tensors.values():
-            parameter.grad = None
+        for name, parameter in self.tensors.items():
+            parameter.grad = self._masters[name].grad = None
 
     def learning_rates(self) -> dict[str, float]:
         """Give each group's learning rate of the last step."""
@@ -191,8 +202,6 @@ class Optimizer:
         """Continue from a saved state of the same groups."""
         for key, value in [*tensors.items(), *facts.items()]:
             name, _, entry = key.rpartition("/")
-            if name not in self._masters:
-                continue
             master = self._masters[name]
             if entry == "master":
                 with torch.no_grad():
