@@ -44,6 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-lora": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8}}),
     "peft-dora": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "use_dora": True}}),
     "peft-pissa": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}}),
+    "peft-bias": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "bias": "all"}}),
+    "peft-head": (
+        "peft",
+        {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}},
+    ),
+    "peft-saved-norm": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "modules_to_save": ["norm"]}}),
     "peft-oft": ("peft", {"tuner": "OFT", "keys": {"oft_block_size": 4}}),
 }
 OURS = [name for name, (kind, _) in CASES.items() if kind in ("lora", "lora_plus", "cola")]

@@ -14,6 +14,7 @@ from loralab.delta.layers import load_delta_
 from loralab.delta.lowrank import LowRank, add
 from loralab.delta.merge import merge_, merged_weight
 from loralab.delta.store import load_lowrank, save_lowrank
+from loralab.errors import DataError, TargetError
 from loralab.methods.cola import Cola
 from loralab.training.loop import StepReport
 from loralab.training.loss import LanguageHead
@@ -138,7 +139,6 @@ class Validated(NoWatch):
         ({0: 3.0, 2: 2.5, 4: 2.45, 6: 1.0}, 4, 2),  # the second link gains 0.05
         ({0: 3.0, 2: 3.2}, 2, 1),  # the first link loses
         ({0: 3.0, 2: 2.8, 4: 2.6, 6: 2.4}, 8, 4),  # each gains enough
-        ({0: None, 2: None, 4: None, 6: None}, 8, 4),  # nothing to measure
     ],
 )
 def test_a_chain_ends_when_a_link_gains_too_little(losses: dict[int, float | None], steps: int, links: int) -> None:
@@ -150,6 +150,18 @@ def test_a_chain_ends_when_a_link_gains_too_little(losses: dict[int, float | Non
     measured = [losses[step] for step in (0, *watch.knots)]
     expected = [None if a is None else pytest.approx(a - b) for a, b in itertools.pairwise(measured)]
     assert watch.gains == expected
+
+
+def test_a_stop_rule_without_validation_rows_is_refused() -> None:
+    world, _ = chain(links=4, stop_gain=0.1)
+    with pytest.raises(DataError, match="needs validation rows"):
+        loop_on(world, steps=8).run(Validated({0: None}))
+
+
+def test_more_links_than_steps_are_refused() -> None:
+    world, _ = chain(links=4)
+    with pytest.raises(TargetError, match="cannot train 4 links"):
+        loop_on(world, steps=3).run(NoWatch())
 
 
 def test_without_a_stop_rule_nothing_is_measured() -> None:

@@ -30,7 +30,7 @@ def test_only_announced_tensors_train(case: str) -> None:
     announced = {id(p) for g in w.method.param_groups(1e-3, 0.0) for p in g.tensors.values()}
     assert {id(p) for p in w.base.model.parameters() if p.requires_grad} == announced
     before = {n: p.detach().clone() for n, p in w.base.model.named_parameters() if id(p) not in announced}
-    loop_on(w, steps=1).run(NoWatch())
+    loop_on(w, steps=3).run(NoWatch())
     for name, value in before.items():
         assert torch.equal(w.base.model.get_parameter(name), value), name
 
@@ -39,7 +39,7 @@ def test_only_announced_tensors_train(case: str) -> None:
 def test_every_target_receives_a_gradient_within_two_steps(case: str) -> None:
     w = world(case)
     seen: set[str] = set()
-    loop = loop_on(w, steps=2)
+    loop = loop_on(w, steps=6)
     clip = loop.optimizer.clip
 
     def look(largest: float | None) -> float:
@@ -48,7 +48,7 @@ def test_every_target_receives_a_gradient_within_two_steps(case: str) -> None:
 
     loop.optimizer.clip = look  # type: ignore[method-assign]
     names = set(loop.optimizer.tensors)
-    loop.run(NoWatch()) if case not in ("cola", "cola-step-down") else _two_steps(loop)
+    _two_steps(loop)
     assert seen == names
 
 

@@ -30,6 +30,7 @@ def finished(world) -> Path:
 def train(world, runs, recipe="sft-lora", branch=None, **keys) -> int:
     keys = keys if recipe == "sft-full" else {"method__rank": 4, **keys}
     more = ["--from", branch] if branch else []
+    keys = {"schedule__warmup": 1.0, **keys} if branch else keys  # a branch's warm-up is in steps
     return loralab("train", recipe, *overrides(world, **keys), "--runs", runs, *more)
 
 
@@ -259,13 +260,18 @@ def test_a_branch_that_ends_before_it_begins(world, tmp_path, finished, capsys):
 def test_a_branch_by_another_method_or_on_another_base(world, tmp_path, finished, capsys):
     branch = f"{finished}@6"
     for keys in ({"method__rank": 2}, {"method__targets": "[q_proj]"}, {"recipe": "sft-full"}):
-        said = refusal(capsys, train(world, tmp_path, branch=branch, train__steps=8, **keys), where="step 6")
-        assert "another method" in said
+        said = refusal(capsys, train(world, tmp_path, branch=branch, train__steps=8, **keys), where="step-6")
+        assert "differs in method" in said
     other = make_base(tmp_path / "other", seed=1)
     code = train(world, tmp_path, branch=branch, train__steps=8, model__path=other)
     assert "other base weights" in refusal(capsys, code, where="step-6")
     code = train(world, tmp_path, branch=branch, train__steps=8, seed=1)
-    assert "another seed" in refusal(capsys, code, where="data")
+    assert "differs in seed" in refusal(capsys, code, where="step-6")
+
+
+def test_a_branch_with_a_share_for_its_warm_up(world, tmp_path, finished, capsys):
+    code = train(world, tmp_path, branch=f"{finished}@6", train__steps=8, schedule__warmup=0.1)
+    assert "in steps" in refusal(capsys, code, where="schedule.warmup")
 
 
 # Merging

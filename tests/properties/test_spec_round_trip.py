@@ -64,26 +64,37 @@ methods = (
     | section(name=st.just("cola"), budgets=st.lists(positive, min_size=3, max_size=3), **low_rank)
     | section(name=st.just("peft"), tuner=words, keys=st.dictionaries(words, anything, max_size=3))
 )
-specs = st.fixed_dictionaries(
-    {
-        "name": words,
-        "seed": st.integers(min_value=0),
-        "model": section(path=words, revision=optional(words), attention_dropout=optional(shares)),
-        "data": section(
-            train=st.lists(sources, min_size=1, max_size=3),
-            validation=optional(st.lists(sources, min_size=1, max_size=2)),
-            template=optional(templates),
-            packing=st.booleans(),
-        ),
-        "method": methods,
-        "optimizer": section(name=st.sampled_from(["adamw", "lionw"]), learning_rate=optional(positive)),
-        "schedule": section(name=st.sampled_from(["linear", "cosine"]), warmup=positive, final=shares),
-        "train": st.fixed_dictionaries({"epochs": positive, "clip": optional(positive)})
-        | st.fixed_dictionaries({"tokens": counts}),
-        "branch_from": optional(words),
-        "trackers": st.lists(st.sampled_from(["tensorboard", "wandb"]), unique=True),
-    }
-).map(RunSpec.model_validate)
+
+
+def may_branch(values: dict[str, Any]) -> bool:
+    """Tell whether a recipe is allowed: a branch gives its warm-up in steps, so that shares of it are refused."""
+    return values["branch_from"] in (None, "") or values["schedule"].get("warmup", 0.1) >= 1
+
+
+specs = (
+    st.fixed_dictionaries(
+        {
+            "name": words,
+            "seed": st.integers(min_value=0),
+            "model": section(path=words, revision=optional(words), attention_dropout=optional(shares)),
+            "data": section(
+                train=st.lists(sources, min_size=1, max_size=3),
+                validation=optional(st.lists(sources, min_size=1, max_size=2)),
+                template=optional(templates),
+                packing=st.booleans(),
+            ),
+            "method": methods,
+            "optimizer": section(name=st.sampled_from(["adamw", "lionw"]), learning_rate=optional(positive)),
+            "schedule": section(name=st.sampled_from(["linear", "cosine"]), warmup=positive, final=shares),
+            "train": st.fixed_dictionaries({"epochs": positive, "clip": optional(positive)})
+            | st.fixed_dictionaries({"tokens": counts}),
+            "branch_from": optional(words),
+            "trackers": st.lists(st.sampled_from(["tensorboard", "wandb"]), unique=True),
+        }
+    )
+    .filter(may_branch)
+    .map(RunSpec.model_validate)
+)
 
 
 def minimal(word: str) -> RunSpec:

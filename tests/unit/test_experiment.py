@@ -32,6 +32,8 @@ from loralab.training.optim import schedule
 DROPPED = {"method__rank": 4, "method__dropout": 0.1, "checkpoints__every": 2}
 COOLING = {"schedule__name": "inverse_sqrt", "schedule__warmup": 2, "schedule__scale": 4}
 
+T95_FOR_8 = 2.364624  # Student's t, 7 degrees of freedom, from a printed table
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
@@ -307,7 +309,7 @@ def test_the_end_table_pairs_the_end_with_the_base(whole):
     assert change == whole.after["target/loss_rise"].value == pytest.approx(after - base)
     low, high = (float(part) for part in interval.strip("[]").split(","))
     assert low < change < high
-    assert (high - low) / 2 == pytest.approx(1.96 * whole.after["target/loss_rise"].standard_error, abs=1e-4)
+    assert (high - low) / 2 == pytest.approx(T95_FOR_8 * whole.after["target/loss_rise"].standard_error, abs=1e-4)
 
 
 def test_the_summary_is_plain_and_the_status_counts(world, whole):

@@ -187,3 +187,14 @@ def test_embedding_adds_the_columns_of_its_pair() -> None:
     torch.testing.assert_close(layer(ids), F.embedding(ids, table))
     layer.active = ()
     assert torch.equal(layer(ids), base(ids))
+
+
+@pytest.mark.parametrize(("trains", "kept"), [("AB", 6 + 4), ("A", 6), ("B", 4), ("", 0)])
+def test_a_frozen_factor_keeps_nothing(trains: str, kept: int) -> None:
+    """LoRA-FA's whole gain: with A frozen the input is not kept, only h (tokens, rank)."""
+    layer = layer_of(nn.Linear(6, 9, bias=False), [4], dtype=torch.float32)
+    pair = layer.pair("p0")
+    pair.A.requires_grad_("A" in trains)
+    pair.B.requires_grad_("B" in trains)
+    x = torch.randn(32, 6, requires_grad=True)
+    assert saved_bytes(lambda: layer(x), but=tuple(layer.parameters())) == 32 * kept * 4

@@ -151,3 +151,21 @@ def test_inverse_sqrt_branches_agree_until_their_cooldown() -> None:
     assert factor(799, 1000) == pytest.approx(1 / math.sqrt(1 + 699 / 1000))
     assert factor(900, 1000) == pytest.approx(0.5 * factor(800, 1000))
     assert factor(1000, 1000) == 0.0
+
+
+def test_narrow_gradients_accumulate_in_float32() -> None:
+    """64 gradients of 1/3 and one of 100: in bfloat16 the small ones would stop adding up."""
+    p = Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = Optimizer([group({"w": p})], torch_optimizer("adamw"))
+    third = torch.tensor(1 / 3).bfloat16()
+    for value in [torch.tensor(100.0).bfloat16(), *[third] * 64]:
+        p.grad = value.expand(4).clone()
+        optimizer.collect()
+    assert p.grad is None
+    torch.testing.assert_close(optimizer.gradients()["w"], torch.full((4,), 100 + 64 * float(third)))
+
+
+def test_a_state_of_other_tensors_is_an_error() -> None:
+    optimizer = Optimizer([group({"w": Parameter(torch.zeros(2))})], torch_optimizer("adamw"))
+    with pytest.raises(KeyError):
+        optimizer.load_state({"other/exp_avg": torch.zeros(2)}, {})

@@ -84,7 +84,12 @@ def _branch_point(branch: str, root: Path) -> Path:
 def _same_trunk_or_refuse(point: Path, spec: RunSpec) -> None:
     """Refuse a branch that differs from its trunk in more than length, schedule, probes and checkpoints."""
     trunk = read(RunFolder(point.parents[1]).spec)
-    changed = [key for key, _, _ in diff(trunk, spec) if key.partition(".")[0] in TRUNK]
+    # Paths may have moved and devices may change: what lies there is compared by content.
+    changed = [
+        key
+        for key, _, _ in diff(trunk, spec)
+        if key.partition(".")[0] in TRUNK and not key.endswith((".path", ".device"))
+    ]
     if changed:
         raise CheckpointError(
             f"a branch goes on as its trunk did, but differs in {', '.join(changed[:4])}",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from loralab.spec.strict import Count, NotNegative, Patterns, Positive, Strict
+from loralab.spec.strict import Count, NotNegative, Patterns, Positive, Strict, contradiction
 
 
 class FullSpec(Strict):
@@ -75,7 +75,8 @@ class ColaSpec(LoraSpec):
         for key in ("budgets", "ranks"):
             value = getattr(self, key)
             if value is not None and len(value) != self.links:
-                raise ValueError(f"{key} has {len(value)} entries but the chain has {self.links} links")
+                what = f"method.{key} has {len(value)} entries but the chain has {self.links} links"
+                raise contradiction(f"method.{key}", what, "give one entry for each link")
         return self
 
 

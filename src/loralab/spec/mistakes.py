@@ -99,6 +99,8 @@ def report_mistakes(draft: Draft, error: ValidationError) -> None:
     refusals: list[Mapping[str, Any]] = [*error.errors(include_url=False)]
     for refusal in refusals + _inside_mistyped_tags(draft, refusals):
         key = _key(refusal["loc"])
+        if refusal["type"] == "contradiction":
+            key = tuple(refusal["ctx"]["key"].split("."))
         if refusal["type"].startswith("union_tag"):
             key = (*key, "name")
         if refusal["type"] != "missing" or key not in draft.places:  # else its override could not be read: reported
@@ -155,9 +157,8 @@ def _words(draft: Draft, key: Key, refusal: Mapping[str, Any]) -> Words:
         return _not_among(name, value["name"], list(_variants(key[0])))
     if kind == "literal_error":
         return _not_among(name, value, re.findall(r"'([^']*)'", facts["expected"]))
-    if kind == "value_error":
-        message = str(facts["error"])
-        return (message if not name or message.startswith(name) else f"{name}: {message}"), None
+    if kind == "contradiction":
+        return facts["what"], facts["fix"]
     if kind in BOUNDS:
         bound, wanted = BOUNDS[kind]
         return f"{name} must be {wanted} {facts[bound]:g}, not {_said(value)}", CORRECT

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from loralab.spec.method import LoraSpec, MethodSpec
-from loralab.spec.strict import Count, Positive, Share, Strict
+from loralab.spec.strict import Count, Positive, Share, Strict, contradiction
 from loralab.spec.training import AdamWSpec, CosineSpec, OptimizerSpec, ScheduleSpec, TextSpec, TrainSpec
 
 FULL_LEARNING_RATE = 2e-5
@@ -99,7 +99,7 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _some_training_data(self) -> "DataSpec":
         if not self.train:
-            raise ValueError("data.train is empty: name at least one file")
+            raise contradiction("data.train", "data.train is empty", "name at least one file")
         return self
 
 
@@ -180,19 +180,20 @@ class RunSpec(Strict):
     def _branches_warm_up_in_steps(self) -> "RunSpec":
         if self.branch_from and 0 < self.schedule.warmup < 1:
             # A share of the branch's own length is not the trunk's warm-up: the learning rate would jump.
-            raise ValueError("schedule.warmup: give the trunk's warm-up in steps, a branch has another length")
+            fix = "give the trunk's warm-up in steps"
+            raise contradiction("schedule.warmup", "a share of a branch is not the warm-up of its trunk", fix)
         return self
 
     @model_validator(mode="after")
     def _streams_count_steps_or_full_bins(self) -> "RunSpec":
         if self.data.streaming and self.train.tokens is not None and not self.data.packing:
-            raise ValueError("train.tokens of a stream needs data.packing: give train.steps")
+            raise contradiction("train.tokens", "a stream without packing cannot count tokens", "give train.steps")
         return self
 
     @model_validator(mode="after")
     def _streams_have_no_epochs(self) -> "RunSpec":
         if self.data.streaming and self.train.epochs is not None:
-            raise ValueError("data.streaming has no epochs: give train.steps or train.tokens")
+            raise contradiction("train.epochs", "a stream has no epochs", "give train.steps or train.tokens")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -13,6 +14,17 @@ Patterns = Annotated[
     list[str],
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given, json_schema_input_type=str | list[str]),
 ]
+
+
+def contradiction(key: str, what: str, fix: str) -> PydanticCustomError:
+    """Make the error for keys that do not go together.
+
+    Args:
+        key: dotted key to blame, from the root of the recipe.
+        what: what is wrong with them.
+        fix: what to do next.
+    """
+    return PydanticCustomError("contradiction", "{what}", {"key": key, "what": what, "fix": fix})
 
 
 class Strict(BaseModel):

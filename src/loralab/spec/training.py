@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from loralab.spec.strict import Betas, Count, NotNegative, Positive, Share, Strict
+from loralab.spec.strict import Betas, Count, NotNegative, Positive, Share, Strict, contradiction
 
 
 class TextSpec(Strict):
@@ -113,5 +113,6 @@ class TrainSpec(Strict):
     def _one_length(self) -> "TrainSpec":
         given = [k for k in ("epochs", "steps", "tokens") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of epochs, steps, tokens (given: {', '.join(given) or 'none'})")
+            what = f"the run has {len(given)} lengths: {', '.join(given)}" if given else "the run has no length"
+            raise contradiction("train", what, "give exactly one of train.epochs, train.steps, train.tokens")
         return self
