@@ -30,6 +30,15 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inside}
 
 
+def fused_weights(model: nn.Module) -> dict[str, int]:
+    """Count the numbers of weights that are no linear layer, by name: experts stored as one 3-D tensor, for example.
+
+    No target reaches them; `full` does.
+    """
+    backbone = getattr(model, "base_model", model)
+    return {name: p.numel() for name, p in backbone.named_parameters() if p.ndim > 2 and not p.requires_grad}
+
+
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     found: nn.Module | None = find() if find is not None else None

@@ -75,7 +75,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
     prepared = prepare(spec)
     base, corpus = prepared.base, prepared.data.train
     assert base.tokenizer is not None
-    sample = [corpus[i] for i in range(min(STOP_SAMPLE, len(corpus)))] if corpus is not None else []
+    sample = [corpus[i] for i in range(min(STOP_SAMPLE, len(corpus)))]
     if measure:
         loop_of(spec, prepared, total_steps=2).run(_NoWatch())
     return Check(

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from loralab.base.device import peak_bytes
+from loralab.base.targets import fused_weights
 from loralab.errors import Diverged, Interrupted
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.result import Result, result_of, save_delta, write_items
@@ -81,6 +82,8 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
             **share,
         }
     )
+    if spec.method.name != "full" and (fused := fused_weights(prepared.base.model)):
+        display.note(f"warning: {sum(fused.values()):,} numbers in fused weights ({next(iter(fused))} …) are no target")
     try:
         loop.run(watch)
     finally:

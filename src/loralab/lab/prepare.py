@@ -25,15 +25,15 @@ from loralab.training.recompute import recompute_
 
 PROBE_BATCH_TOKENS = 4096
 STREAM_HEAD_ROWS = 4096
-"""First rows of a stream, of which the validation rows are held out."""
+"""First rows of a stream: of these the validation rows are held out, and `check` shows examples."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised data of a run; `train` is None when it is streamed."""
+    """Tokenised data of a run; of a stream, `train` is what stands at its head."""
 
     feed: Feed | StreamingFeed
-    train: Corpus | None
+    train: Corpus
     validation: Corpus | None
     general: Corpus | None
 
@@ -128,12 +128,12 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     general = corpus(_sources(data.general, "auto", None))
     training = _sources(data.train, data.form, data.template)
     if data.streaming:
+        head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
         if validation is None and data.validation_share > 0:
-            head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
-            validation = head.hold_out(data.validation_share)[1]
+            head, validation = head.hold_out(data.validation_share)
         held_out = validation.keys.tolist() if validation is not None else ()
         feed = StreamingFeed(training, tokenizer, **rules, **portions, excluded=held_out)
-        return Data(feed, None, validation, general)
+        return Data(feed, head, validation, general)
     train = corpus(training)
     assert train is not None
     if validation is None and data.validation_share > 0:
