@@ -42,8 +42,7 @@ def write_checkpoint(root: Path, state: State) -> Path:
     sums = {}
     try:
         for group, tensors in state.tensors.items():
-            # Tied or sliced tensors must not share memory in the file.
-            data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+            data = save(_unshared(tensors))
             sums[f"{group}.safetensors"] = _put(folder / f"{group}.safetensors", data)
         sums[FACTS] = _put(folder / FACTS, json.dumps(state.facts).encode())
         write_json(folder / MANIFEST, {"step": state.step, "sha256": sums})
@@ -51,6 +50,20 @@ def write_checkpoint(root: Path, state: State) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors to main memory; only tied ones and views are copied, which the file format does not take."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        storage = here.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != here.nbytes:
+            here = here.clone()
+        storages.add(here.untyped_storage().data_ptr())
+        found[name] = here
+    return found
 
 
 def _put(path: Path, data: bytes) -> str:
