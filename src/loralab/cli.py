@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loralab.console import check_lines, console, display, print_json, shown, size, table
+from loralab.console import MERGE_MEANINGS, check_lines, console, display, print_json, shown, size, table
 from loralab.errors import Interrupted, LoralabError
 
 app = typer.Typer(
@@ -47,8 +47,11 @@ def train(
         print_json(result.summary())
         return
     out = console()
-    headers = ("", "base", "before", "after", "change", "95 % interval")
-    out.print(table(headers, result.rows()))
+    headers = ("", "base", "before", "after", "change", "95 % interval", "n")
+    if result.after:
+        out.print(table(headers, result.rows()))
+    else:
+        out.print("nothing was measured: give data.validation, a data.validation_share above 0, or data.general")
     facts = result.status
     out.print(
         f"{facts['step']} steps, {facts['tokens']:,} tokens in {facts['wall_s']:.1f} s, "
@@ -111,9 +114,10 @@ def merge(
         trust_remote_code=trust_remote_code,
     ).summary()
     if as_json:
-        print_json(report)
+        print_json(report | {"folder": out})
     else:
-        console().print(table(("merged", ""), [*report.items(), ("folder", out)]))
+        rows = [(key, shown(value), MERGE_MEANINGS.get(key, "")) for key, value in report.items()]
+        console().print(table(("merged", "", ""), [*rows, ("folder", out, "")]))
 
 
 @app.command()
@@ -156,12 +160,12 @@ def recipes_show(
     recipe: Recipe, overrides: Overrides = None, resolved: Annotated[bool, typer.Option("--resolved")] = False
 ) -> None:
     """Print a recipe; with --resolved, every key with its value, source and meaning."""
-    from loralab.spec.recipes import explain, find
+    from loralab.spec.recipes import explain, find, preview
 
     if not resolved:
         print(find(recipe).read_text(encoding="utf-8"), end="")
         return
-    items = explain(recipe, overrides or [])
+    items = explain(recipe, preview(recipe, overrides or []))
     console().print(
         table(("key", "value", "from", "meaning"), [(i.key, shown(i.value), i.source, i.meaning) for i in items])
     )
@@ -186,9 +190,12 @@ def recipes_schema() -> None:
 @recipes_app.command("diff")
 def recipes_diff(first: Recipe, second: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Compare two recipes key by key; the overrides apply to both."""
-    from loralab.spec.recipes import diff, read
+    from loralab.spec.recipes import diff, find, preview, read
 
-    rows = diff(read(first, overrides or []), read(second, overrides or []))
+    for recipe in (first, second):
+        find(recipe)
+    a, b = (read(recipe, preview(recipe, overrides or [])) for recipe in (first, second))
+    rows = diff(a, b)
     if as_json:
         print_json([{"key": key, first: a, second: b} for key, a, b in rows])
     else:

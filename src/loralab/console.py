@@ -15,6 +15,15 @@ PLAIN_LINES = 20
 """About how many progress lines a run prints where there is no terminal."""
 
 PLAIN_WIDTH = 160
+MERGE_MEANINGS = {
+    "float32_error": "of the sum before rounding, as a share of the delta's norm (mean over layers)",
+    "rounded_error": "share of the delta's norm that rounding to the dtype lost",
+    "one_rounding_error": "what a single rounding of the exact sum must lose: no merge can lose less",
+    "unchanged_share": "share of the weights' numbers that the delta was too small to move",
+    "kl_nats": "mean KL(unmerged‖merged) per position of the probe text",
+    "max_logit_difference": "largest change of a logit on the probe text",
+}
+"""What each line of a merge's report says."""
 
 
 def console() -> Console:
@@ -171,7 +180,11 @@ def check_lines(found: Any, *, coloured: bool) -> list[str]:
     ]
     for name, counts in found.counts.items():
         total = counts["total"]
-        lost = ", ".join(f"{total[key]} {key}" for key in ("empty", "dropped", "truncated", "split") if total[key])
+        derived = name == "validation" and found.spec.data.validation is None  # counted with the training rows
+        kinds = () if derived else ("empty", "dropped", "truncated", "split")
+        lost = ", ".join(f"{total[key]} {key}" for key in kinds if total[key])
+        if not derived and total["dropped"] > 0.1 * total["rows"]:
+            lost += f" [bold red](more than a tenth exceeds data.max_length={found.spec.data.max_length})[/bold red]"
         written.append(
             f"[bold]{name}[/bold] {total['examples']:,} examples of {total['rows']:,} rows, {total['tokens']:,} tokens, "
             f"{total['labelled']:,} with a loss" + (f"; {lost}" if lost else "")

@@ -325,3 +325,10 @@ def test_a_merge_with_a_wrong_option(world, tmp_path, finished, capsys):
     code = merge(world / "base", finished, tmp_path / "out", "--dtype", "float8")
     assert "bfloat16" in refusal(capsys, code, where="--dtype")
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_base_and_data_are_reported_together(world, tmp_path, capsys):
+    code = train(world, tmp_path / "runs", model__path=tmp_path / "no-base", data__train=tmp_path / "no.jsonl")
+    said = refusal(capsys, code, where="no-base")
+    assert "2 problems" in said and "no.jsonl" in said
+    assert list((tmp_path / "runs").iterdir()) == [], "a run that never began leaves no folder"

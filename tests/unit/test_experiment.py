@@ -303,7 +303,8 @@ def test_the_end_table_pairs_the_end_with_the_base(whole):
     rows = {row[0]: row[1:] for row in whole.rows()}
     assert {"target/loss", "general/loss", "drift/kl"} <= set(rows)
     assert not any(name.endswith("loss_rise") for name in rows if not name.startswith("drift"))
-    base, before, after, change, interval = rows["target/loss"]
+    base, before, after, change, interval, n = rows["target/loss"]
+    assert n == 8
     assert base == before == whole.base["target/loss"].value
     assert after == whole.after["target/loss"].value < base
     assert change == whole.after["target/loss_rise"].value == pytest.approx(after - base)

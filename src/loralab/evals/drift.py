@@ -29,11 +29,12 @@ STEP_0_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 @dataclass
 class _BasePosition:
-    """What is kept of the base for one chunk of positions: loss (n), K (n, k), log p on K (n, k)."""
+    """What is kept of the base for one chunk of positions: loss (n), K (n, k), log p on K (n, k), best token (n)."""
 
     loss: Tensor
     top: Tensor
     log_p: Tensor
+    best: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class TextProbe:
         log_p = torch.log_softmax(logits, -1)
         loss = -log_p.gather(-1, targets[:, None]).squeeze(-1)
         if not self.drift:
-            return _BasePosition(loss, loss, loss)
+            return _BasePosition(loss, loss, loss, loss)
         top = log_p.topk(min(self.top_k, log_p.shape[-1] - 1), -1)
-        return _BasePosition(loss, top.indices.to(torch.int32), top.values)
+        # Not the first of `top`: where tokens tie, two ways of finding the best may differ on the same logits.
+        return _BasePosition(loss, top.indices.to(torch.int32), top.values, logits.argmax(-1))
 
     def read(self, step: int | None = None) -> Reading:
         """Read the model as it is now.
@@ -91,8 +93,7 @@ class TextProbe:
                     if self.drift:
                         base = next(kept)
                         divergences.append(lower_bound_kl(base.log_p, log_q.gather(-1, base.top.long())))
-                        of_base_top = log_q.gather(-1, base.top[:, :1].long()).squeeze(-1)
-                        flips.append((of_base_top < log_q.amax(-1)).float())  # a tie is no flip
+                        flips.append((logits.argmax(-1) != base.best).float())
         sums = self._per_document(torch.cat(losses))
         scores = [self._mean(f"{self.name}/loss", sums)]
         if self._base_sums is not None:

@@ -10,6 +10,9 @@ from numpy import ndarray
 
 Z95 = 1.959964
 
+BOUNDS = {"drift/kl": (0.0, math.inf), "drift/top1_flips": (0.0, 1.0)}
+"""Scores that cannot lie everywhere; their intervals end there."""
+
 
 def t95(freedom: int) -> float:
     """Give the two-sided 95 % quantile of Student's t (exact for 1 and 2 degrees, else within 0.3 %).
@@ -42,7 +45,8 @@ class Score:
         if self.standard_error is None:
             return None
         half = t95(self.n - 1) * self.standard_error
-        return self.value - half, self.value + half
+        lowest, highest = BOUNDS.get(self.name, (-math.inf, math.inf))
+        return max(lowest, self.value - half), min(highest, self.value + half)
 
     def as_line(self, step: int, model: str) -> dict[str, Any]:
         """Give the line of `scores.jsonl`."""

@@ -47,6 +47,7 @@ class Check:
     memory: Memory
     total_steps: int
     measured_bytes: int | None = None
+    """By how much two real steps raised the peak of the process, model and data already loaded."""
 
     def summary(self) -> dict[str, Any]:
         """Give everything as plain values."""
@@ -62,7 +63,7 @@ class Check:
             "every_completion_stops": self.stop.holds,
             "total_steps": self.total_steps,
             "estimated_bytes": self.memory.total,
-            "measured_peak_bytes": self.measured_bytes,
+            "measured_rise_bytes": self.measured_bytes,
         }
 
 
@@ -76,6 +77,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
     base, corpus = prepared.base, prepared.data.train
     assert base.tokenizer is not None
     sample = [corpus[i] for i in range(min(STOP_SAMPLE, len(corpus)))]
+    before = peak_bytes()
     if measure:
         loop_of(spec, prepared, total_steps=2).run(_NoWatch())
     return Check(
@@ -86,7 +88,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         prove_stop(sample, base.tokenizer),
         estimate(spec, base, prepared.attachment),
         prepared.total_steps,
-        peak_bytes() if measure else None,
+        peak_bytes() - before if measure else None,
     )
 
 

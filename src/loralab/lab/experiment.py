@@ -6,7 +6,7 @@ import torch
 
 from loralab.base.device import peak_bytes
 from loralab.base.targets import fused_weights
-from loralab.errors import Diverged, Interrupted
+from loralab.errors import Diverged, Interrupted, LoralabError
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.result import Result, result_of, save_delta, write_items
 from loralab.lab.resume import resume, same_inputs_or_refuse
@@ -32,11 +32,21 @@ def train(spec: RunSpec, root: str | Path = "runs", *, display: Display | None =
     # Trackers are no part of the run's identity: another list of them resumes the same run.
     folder = RunFolder.create_or_open(root, spec.folder_name, dump(spec.model_copy(update={"trackers": []})))
     if folder.read_status()["state"] == "done":
+        if display is not None:
+            display.note(f"{folder.path} is done already")
         return result_of(folder)
+    try:
+        return _run_locked(spec, folder, display or Silent())
+    except LoralabError:
+        folder.remove_if_unused()
+        raise
+
+
+def _run_locked(spec: RunSpec, folder: RunFolder, display: Display) -> Result:
     with folder.lock(), stop_on_signals() as stop:
         try:
             with interrupts_explained():
-                return _run(spec, folder, display or Silent(), stop)
+                return _run(spec, folder, display, stop)
         except Interrupted as error:
             folder.write_status(state="interrupted", message=str(error))
             raise

@@ -37,7 +37,7 @@ COLUMNS = [
 _WORDS = ("folder", "name", "method", "model", "state", "reason")
 
 
-def index(root: str | Path) -> pd.DataFrame:
+def index(root: str | Path = "runs") -> pd.DataFrame:
     """Read every run folder below `root` into one table, a row per folder, sorted by folder.
 
     Learning is the fall of the target's validation loss from the base to the end, forgetting the rise of the general

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Batch, Feed, collate
+from loralab.base.hub import find
 from loralab.base.model import Base, load
-from loralab.base.sources import Source, Template
+from loralab.base.packing import pack
+from loralab.base.sources import Source, Template, local_files
 from loralab.base.stream import StreamingFeed, tokenise_head
 from loralab.base.text import Example
 from loralab.errors import LoralabError, ModelError, SpecError
@@ -69,6 +72,7 @@ def prepare(spec: RunSpec) -> Prepared:
     Raises:
         LoralabError: whatever is wrong with model, data or method.
     """
+    _refuse_missing_files(spec)
     base = load_base(spec)
     data = read_data(spec, base)
     method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
@@ -76,9 +80,29 @@ def prepare(spec: RunSpec) -> Prepared:
     recompute_(base.model, spec.train.recompute)
     head = LanguageHead(base.model, spec.objective.chunk)
     _refuse_unpackable(spec, head)
-    total = _total_steps(spec, data.feed)
+    total = _total_steps(spec, data)
     _refuse_short(spec, total)
     return Prepared(base, data, method, attachment, head, _probes(spec, data, head), total)
+
+
+def _refuse_missing_files(spec: RunSpec) -> None:
+    """Look for the base and every local file before anything is loaded, and report all that are missing."""
+    problems: list[LoralabError] = []
+    try:
+        if not Path(spec.model.path).exists():
+            find(spec.model.path, spec.model.revision, code=spec.model.trust_remote_code)
+    except LoralabError as error:
+        problems.append(error)
+    for sources in (spec.data.train, spec.data.validation, spec.data.general):
+        for source in _sources(sources, "auto", None):
+            try:
+                local_files(source)
+            except LoralabError as error:
+                problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise SpecError(problems)
 
 
 def load_base(spec: RunSpec) -> Base:
@@ -158,12 +182,16 @@ def _sources(sources: Sequence[SourceSpec] | None, form: str, template: Template
     return made
 
 
-def _total_steps(spec: RunSpec, feed: Feed | StreamingFeed) -> int:
+def _total_steps(spec: RunSpec, data: Data) -> int:
+    feed = data.feed
     if spec.train.steps is not None:
         return spec.train.steps
     if isinstance(feed, StreamingFeed):
         assert spec.train.tokens is not None
-        return max(1, ceil(spec.train.tokens / (spec.train.batch_size * spec.data.max_length)))
+        # How full the sequences of a stream will be is seen at its head.
+        lengths = data.train.lengths
+        filled = float(lengths.sum()) / len(pack(lengths.tolist(), spec.data.max_length))
+        return max(1, ceil(spec.train.tokens / (spec.train.batch_size * filled)))
     if spec.train.epochs is not None:
         return feed.num_steps(spec.train.epochs)
     assert spec.train.tokens is not None

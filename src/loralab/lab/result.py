@@ -32,7 +32,7 @@ class Result:
         return found[name]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """Give the end table: name, base, before, after, change with its 95 % interval (paired where possible)."""
+        """Give the end table: name, base, before, after, change with its 95 % interval (paired where possible), n."""
         rows: list[tuple[Any, ...]] = []
         for name, after in self.after.items():
             if name.endswith("/loss_rise"):
@@ -40,9 +40,9 @@ class Result:
             rise = self.after.get(name.removesuffix("/loss") + "/loss_rise") if name.endswith("/loss") else after
             base = self.base.get(name)
             change, interval = (None, None) if rise is None else (rise.value, rise.interval())
-            text = "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+            text = "" if interval is None else f"[{interval[0]:+.4g}, {interval[1]:+.4g}]"
             before = self.before.get(name)
-            rows.append((name, base and base.value, before and before.value, after.value, change, text))
+            rows.append((name, base and base.value, before and before.value, after.value, change, text, after.n))
         return rows
 
     def summary(self) -> dict[str, Any]:

@@ -21,6 +21,14 @@ from loralab.errors import LoralabError, SpecError, TargetError, did_you_mean
 from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
 
 ADAPTER = "default"
+VARIANTS = {
+    "DORA": "use_dora=true",
+    "RSLORA": "use_rslora=true",
+    "PISSA": "init_lora_weights=pissa",
+    "OLORA": "init_lora_weights=olora",
+}
+"""Methods that people name like tuners, and the keys of LORA that they are."""
+DATA_DRIVEN = ("eva", "corda", "lora_ga")
 
 
 class Peft(OneStage):
@@ -48,9 +56,15 @@ class Peft(OneStage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                self._model = peft.get_peft_model(model, self._settings, adapter_name=ADAPTER)
-            except (TypeError, ValueError) as error:
-                raise TargetError(f"peft: {error}", where="method.keys", fix=self._documentation) from None
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers is about to rename
+                    self._model = peft.get_peft_model(model, self._settings, adapter_name=ADAPTER)
+                with torch.no_grad():
+                    model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device))
+            except Exception as error:  # a tuner's code raises what it likes; all of it is about its keys
+                raise TargetError(
+                    f"peft's {self.tuner}: {error}", where="method.keys", fix=self._documentation
+                ) from None
         # The library writes the folder that the weights came from, which for a hub base is one of the local cache.
         self._settings.base_model_name_or_path = self._base.path
         self._layers = self._tuner_layers()
@@ -76,6 +90,9 @@ class Peft(OneStage):
 
     def _tuner_settings(self, peft: Any) -> Any:
         known = {kind.value if hasattr(kind, "value") else str(kind): kind for kind in peft.PeftType}
+        if self.tuner in VARIANTS:
+            fix = f"method.tuner=LORA with method.keys.{VARIANTS[self.tuner]}"
+            raise SpecError([LoralabError(f"{self.tuner} is a variant of LORA", where="method.tuner", fix=fix)])
         if self.tuner not in known:
             near = did_you_mean(self.tuner, list(known))
             fix = f"did you mean {near}?" if near else f"choose one of {', '.join(sorted(known))}"
@@ -87,11 +104,15 @@ class Peft(OneStage):
                 close = did_you_mean(key, list(kind.__dataclass_fields__))
                 fix = f"did you mean {close!r}?" if close else self._documentation
                 problems.append(LoralabError(f"{self.tuner} has no key {key!r}", where=f"method.keys.{key}", fix=fix))
+        if self.keys.get("init_lora_weights") in DATA_DRIVEN:
+            what = f"this start needs a pass over data: {self.keys['init_lora_weights']}"
+            problems.append(LoralabError(what, where="method.keys.init_lora_weights", fix="choose another start"))
         if problems:
             raise SpecError(problems)
         causal = hasattr(self._base.model, "prepare_inputs_for_generation")
         given = {"task_type": "CAUSAL_LM" if causal else None}
-        if "target_modules" in kind.__dataclass_fields__:
+        # A tuner that names its feed-forward layers too (IA3) has defaults for both, by family.
+        if "target_modules" in kind.__dataclass_fields__ and "feedforward_modules" not in kind.__dataclass_fields__:
             given["target_modules"] = "all-linear"
         try:
             return kind(**{**given, **self.keys})

@@ -10,6 +10,7 @@ time: its `.lock` names the owner, and the file's modification time is the owner
 
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -154,6 +155,12 @@ class RunFolder:
         if status["state"] != "new":
             status.setdefault("started", status["updated"])
         write_json(self.status, status)
+
+    def remove_if_unused(self) -> None:
+        """Remove a folder in which nothing but the spec was ever written: its run failed before it began."""
+        used = {item.name for item in self.path.iterdir()} - {self.spec.name, self.status.name, ".lock.guard"}
+        if not used and self.read_status()["state"] == "new":
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def owner(self) -> Owner | None:
         """Return the living process that writes this folder, if there is one."""

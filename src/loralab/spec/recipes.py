@@ -73,7 +73,11 @@ def copy(name_or_path: str | Path, to: str | Path) -> Path:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise LoralabError("the file exists already", where=str(target), fix="name a new file")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LoralabError(f"cannot write: {reason}", where=str(target), fix="name a file in a folder") from None
     return target
 
 
@@ -91,6 +95,16 @@ def read(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) 
         SpecError: if anything in it or in the overrides is wrong; names every mistake at once.
     """
     return _resolve(_draft(name_or_path, overrides))
+
+
+def preview(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """Give the overrides with stand-ins for the base and the data where neither says them: to show, not to run."""
+    draft = _draft(name_or_path, overrides)
+    found = list(overrides)
+    for section, key, stand_in in (("model", "path", "FOLDER"), ("data", "train", "FILE")):
+        if key not in (draft.values.get(section) or {}):
+            found.append(f"{section}.{key}={stand_in}")
+    return found
 
 
 def explain(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[Explained]:

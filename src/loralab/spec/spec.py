@@ -8,6 +8,7 @@ P6 LoRA Without Regret (Thinking Machines, 2025). Spec classes never enter other
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -208,5 +209,6 @@ class RunSpec(Strict):
 
     @property
     def folder_name(self) -> str:
-        """Name of the run's folder: recipe and hash."""
-        return f"{self.name}-{self.hash8}"
+        """Name of the run's folder: recipe (letters, digits, points and dashes of it) and hash."""
+        plain = re.sub(r"[^\w.-]+", "-", self.name).strip(".-") or "run"
+        return f"{plain}-{self.hash8}"

@@ -106,7 +106,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"this checkpoint file {what}",
         where=str(path),
-        fix=f"delete {path.parent} and run the same command: it goes on from the checkpoint before it",
+        fix=f"delete {path.parent} and a run goes on from the checkpoint before it",
     )
 
 

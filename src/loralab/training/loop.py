@@ -137,6 +137,8 @@ class Loop:
         norm = self.optimizer.clip(self.clip)
         if not math.isfinite(norm):
             raise self._divergence(f"the gradient's norm is {norm}")
+        if norm == 0.0 and self.step > 1 and weight:
+            raise self._divergence("every gradient is exactly zero, so nothing can be learned any more")
         start, length = self.method.phase(self.step, self.total_steps)
         self.optimizer.step(self.schedule(self.step - start, length))
         self.step += 1
