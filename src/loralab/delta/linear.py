@@ -132,7 +132,7 @@ def _compute_forward(
 
 
 # One opaque operator, so that selective recomputation keeps its outputs and torch.compile does not look inside.
-_library = torch.library.Library("loralab", "DEF")
+_library = torch.library.Library("loralab", "FRAGMENT")
 _library.define(
     "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, int seed)"
     " -> (Tensor, Tensor)"
