@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from beartype.roar import BeartypeDecorHintPep3119Exception
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+import loralab
+
 TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a float, as type checkers see it
 CACHE = tempfile.mkdtemp(prefix="loralab-tests-")
 os.environ |= {  # before torch, transformers and datasets are imported: they read these once
@@ -22,6 +25,7 @@ os.environ |= {  # before torch, transformers and datasets are imported: they re
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "MPLCONFIGDIR": CACHE,
     "HF_DATASETS_OFFLINE": "1",
     "HF_HOME": CACHE,
     "HF_DATASETS_CACHE": str(Path(CACHE, "datasets")),
@@ -43,7 +47,9 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("wide", max_examples=1000, deadline=None)
 settings.load_profile("steady")
 
-install_import_hook("loralab", f"{__name__}.{check_types.__name__}")
+# The pocket world has no shapes to check, and draws items by the hundred thousand.
+CHECKED = [f"loralab.{module.name}" for module in iter_modules(loralab.__path__) if module.name != "pocket"]
+install_import_hook(CHECKED, f"{__name__}.{check_types.__name__}")
 
 
 def pytest_unconfigure() -> None:

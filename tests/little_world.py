@@ -103,7 +103,7 @@ def same_bits(run: Path, whole: Path) -> None:
     assert any(path.parts[0] == "delta" for path in _tensor_files(whole))
     for path in _tensor_files(whole):
         assert (run / path).read_bytes() == (whole / path).read_bytes(), path
-    for name in ("metrics.jsonl", "scores.jsonl"):
+    for name in ("metrics.jsonl", "scores.jsonl", "samples.jsonl"):
         assert untimed(run / name) == untimed(whole / name), name
     pd.testing.assert_frame_equal(pd.read_parquet(run / "items.parquet"), pd.read_parquet(whole / "items.parquet"))
 

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from loralab.delta.store import load_lowrank as load_delta
     from loralab.errors import LoralabError
     from loralab.lab.check import check
+    from loralab.lab.engines import train_all
     from loralab.lab.experiment import train
     from loralab.lab.index import index as runs
     from loralab.lab.merging import merge
+    from loralab.report.page import write as write_report
     from loralab.spec.recipes import read as recipe
     from loralab.spec.spec import RunSpec
 
@@ -36,6 +38,8 @@ _HOMES = {
     "recipe": "loralab.spec.recipes:read",
     "runs": "loralab.lab.index:index",
     "train": "loralab.lab.experiment:train",
+    "train_all": "loralab.lab.engines:train_all",
+    "write_report": "loralab.report.page:write",
 }
 
 __all__ = [
@@ -48,6 +52,8 @@ __all__ = [
     "recipe",
     "runs",
     "train",
+    "train_all",
+    "write_report",
 ]
 
 

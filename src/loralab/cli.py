@@ -222,13 +222,26 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 @app.command()
-def demo(
-    out: Annotated[str, typer.Option(help="Folder for the demo's data, base and runs.")] = "runs/demo",
+def report(
+    path: Annotated[str, typer.Argument(help="A run folder, or a folder of run folders.", metavar="RUN|SWEEP")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="File of the page; report.html in the folder if absent.")
+    ] = None,
 ) -> None:
-    """Tell the whole story in miniature, on a CPU: four methods on one small base."""
-    from loralab.pocket.story import tell
+    """Write one self-contained HTML page about a run, or about many side by side."""
+    from loralab.report.page import write
 
-    tell(Path(out), display=display())
+    console().print(f"wrote {write(path, out)}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the runs and the page.")] = "runs/demo",
+) -> None:
+    """Tell the whole story in miniature, on a CPU: two new tasks, six ways to teach each, one page."""
+    from loralab.demo import tell
+
+    tell(Path(out))
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from loralab.run.folder import RunFolder, read_lines
+
 PLAIN_LINES = 20
 """About how many progress lines a run prints where there is no terminal."""
 
@@ -141,6 +143,50 @@ class PlainDisplay:
         pass
 
 
+class Board:
+    """Many runs at a glance, a line each, read from their folders; where there is no terminal, a line as each one ends."""
+
+    def __init__(self, names: Sequence[str], out: Console | None = None) -> None:
+        self.out, self.names = out or console(), list(names)
+        self._said: set[str] = set()
+        self._live = Live(Text(""), console=self.out, refresh_per_second=2) if self.out.is_terminal else None
+
+    def __enter__(self) -> "Board":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def look(self, folders: Sequence[RunFolder]) -> None:
+        """Read the folders (in the order of the names) and show how far each run is."""
+        lines = [(name, *_progress(folder)) for name, folder in zip(self.names, folders, strict=True)]
+        if self._live:
+            self._live.update(table(("run", "state", "step", "loss", "last probe"), lines))
+            return
+        for name, state, step, loss, scores in lines:
+            if state not in ("waiting", "new", "running") and name not in self._said:
+                self._said.add(name)
+                self.out.print(f"{name}: {state}, step {step}, loss {loss}  {scores}")
+
+
+def _progress(folder: RunFolder) -> tuple[str, str, str, str]:
+    """Give state, step, loss and last scores of a run as they stand on disk."""
+    if not folder.status.exists():
+        return "waiting", "", "", ""
+    status = folder.read_status()
+    steps = [line for line in read_lines(folder.metrics) if "loss" in line]
+    scores = read_lines(folder.scores)
+    last = {line["name"]: line["value"] for line in scores if line["step"] == scores[-1]["step"]}
+    shown_scores = {name: value for name, value in last.items() if name.endswith(("/accuracy", "/loss"))}
+    if not steps:
+        return status["state"], "", "", _scores_text(shown_scores)
+    step = f"{steps[-1]['step']}/{status.get('total_steps', '?')}"
+    return status["state"], step, f"{steps[-1]['loss']:.3f}", _scores_text(shown_scores)
+
+
 def display() -> LiveDisplay | PlainDisplay:
     """Choose the live block on a terminal, plain lines elsewhere."""
     out = console()
@@ -165,7 +211,8 @@ def _step_text(line: dict[str, Any]) -> str:
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    """Write the scores of whole texts and tasks; those of single skills, with two slashes, stand in the files."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name.count("/") < 2)
 
 
 def check_lines(found: Any, *, coloured: bool) -> list[str]:

@@ -38,7 +38,7 @@ DROPPED = {"method__rank": 4, "method__dropout": 0.1}  # dropout, so that the ra
 DORA = "{r: 4, lora_alpha: 8, lora_dropout: 0.1, use_dora: true}"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("sft-full", {}),
-    "lora": ("sft-lora", DROPPED),
+    "lora": ("sft-lora", {**DROPPED, "probes__source": [{"path": "pocket:copy", "items": 4}]}),
     "lora_plus": ("sft-lora-plus", DROPPED),
     "cola": ("sft-cola", {**DROPPED, "method__stop_gain": 0, "checkpoints__every": 2}),
     "peft-dora": ("peft", {"method__keys": DORA, "checkpoints__every": 2}),

@@ -46,6 +46,7 @@ def section(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]
 
 templates = st.fixed_dictionaries({"prompt": words, "completion": words})
 sources = section(path=words, weight=positive, template=optional(templates), split=optional(words))
+tasks = section(path=words, items=optional(counts))
 low_rank = {
     "rank": counts,
     "alpha": optional(positive),
@@ -88,6 +89,7 @@ specs = (
             "schedule": section(name=st.sampled_from(["linear", "cosine"]), warmup=positive, final=shares),
             "train": st.fixed_dictionaries({"epochs": positive, "clip": optional(positive)})
             | st.fixed_dictionaries({"tokens": counts}),
+            "probes": section(target=st.lists(tasks, max_size=2), source=st.lists(tasks, max_size=2), samples=counts),
             "branch_from": optional(words),
             "trackers": st.lists(st.sampled_from(["tensorboard", "wandb"]), unique=True),
         }

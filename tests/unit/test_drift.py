@@ -13,6 +13,7 @@ from loralab.base.data import Batch, collate
 from loralab.base.text import Example
 from loralab.errors import DeltaError
 from loralab.evals.drift import TextProbe, lower_bound_kl
+from loralab.evals.probe import Reading
 from loralab.evals.stats import mean_score, ratio_mean
 from loralab.training.loss import LanguageHead
 
@@ -67,17 +68,21 @@ class World:
         return np.array(sums), np.array(counts, float), log_q
 
 
+def column(reading: Reading, name: str) -> np.ndarray:
+    return np.array([row[name] for row in reading.items])
+
+
 def test_the_probes_loss_is_the_models_own_loss_on_each_document_alone():
     world = World(drift=False)
     reading = world.probe.read_base()
     sums, counts, _ = world.alone()
-    np.testing.assert_array_equal(reading.num_tokens, counts)
-    np.testing.assert_allclose(reading.loss_sums, sums, rtol=2e-5)
+    np.testing.assert_array_equal(column(reading, "num_tokens"), counts)
+    np.testing.assert_allclose(column(reading, "loss_sum"), sums, rtol=2e-5)
     (score,) = reading.scores
     assert (score.name, score.unit, score.n) == ("target/loss", "nats/token", len(counts))
     assert score.value == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
     mean = score.value
-    residuals = [s - mean * c for s, c in zip(reading.loss_sums, counts, strict=True)]
+    residuals = [s - mean * c for s, c in zip(column(reading, "loss_sum"), counts, strict=True)]
     n = len(counts)
     assert score.standard_error == pytest.approx(math.sqrt(n / (n - 1) * sum(r * r for r in residuals)) / counts.sum())
 
@@ -114,8 +119,8 @@ def test_readings_of_a_tuned_model_pair_with_the_base(family):
     tuned_sums, _, log_q = world.alone()
     scores = {score.name: score for score in reading.scores}
     assert {"target/loss", "target/loss_rise", "drift/kl", "drift/top1_flips"} <= set(scores)
-    np.testing.assert_allclose(reading.loss_sums, tuned_sums, rtol=2e-5)
-    rise = mean_score("", "", reading.loss_sums - before.loss_sums, counts)
+    np.testing.assert_allclose(column(reading, "loss_sum"), tuned_sums, rtol=2e-5)
+    rise = mean_score("", "", column(reading, "loss_sum") - column(before, "loss_sum"), counts)
     assert scores["target/loss_rise"].value == pytest.approx((tuned_sums - base_sums).sum() / counts.sum(), rel=1e-4)
     assert scores["target/loss_rise"].standard_error == pytest.approx(rise.standard_error)
     exact = np.array([float((p.exp() * (p - q)).sum()) for p, q in zip(log_p, log_q, strict=True)])
@@ -195,7 +200,7 @@ def test_a_model_that_differs_from_its_base_before_training_is_refused():
 
 def test_the_base_is_read_with_the_delta_switched_off():
     world = World(drift=False)
-    expected = world.probe.read_base().loss_sums
+    expected = column(world.probe.read_base(), "loss_sum")
     head = world.model.lm_head.weight
     pristine = head.detach().clone()
     tuned = pristine + 0.3 * torch.arange(len(head))[:, None]
@@ -208,9 +213,9 @@ def test_the_base_is_read_with_the_delta_switched_off():
 
     with torch.no_grad():
         head.copy_(tuned)
-        np.testing.assert_array_equal(world.probe.read_base(without()).loss_sums, expected)
+        np.testing.assert_array_equal(column(world.probe.read_base(without()), "loss_sum"), expected)
     assert torch.equal(head, tuned)
-    assert not np.allclose(world.probe.read().loss_sums, expected, rtol=1e-3)
+    assert not np.allclose(column(world.probe.read(), "loss_sum"), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])

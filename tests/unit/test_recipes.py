@@ -236,14 +236,18 @@ class TestReading:
         assert definitions["LoraSpec"]["additionalProperties"] is False
 
 
+YOURS = ("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-full")
+"""Recipes for the person's own model and data."""
+
+
 class TestShipped:
-    def test_the_six_are_there_with_one_line_each(self):
+    def test_they_are_there_with_one_line_each(self):
         described = dict(recipes.shipped())
-        assert set(described) == {"sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-full"}
+        assert set(described) == {*YOURS, "pocket-base"}
         for text in described.values():
             assert text.endswith(".") and not text.startswith("#")
 
-    @pytest.mark.parametrize("name", [name for name, _ in recipes.shipped()])
+    @pytest.mark.parametrize("name", YOURS)
     def test_it_reads_once_model_and_data_are_given(self, name):
         given = ["model.path=FOLDER", "data.train=FILE"]
         spec = recipes.read(name, given)
@@ -253,9 +257,13 @@ class TestShipped:
             recipes.read(name)
         assert [problem.what for problem in caught.value.problems] == ["model.path is missing", "data.train is missing"]
 
+    def test_the_pocket_base_needs_nothing_given(self):
+        spec = recipes.read("pocket-base")
+        assert (spec.model.path, spec.model.random_init, spec.method.name) == ("pocket", True, "full")
+
     @pytest.mark.parametrize("name", [name for name, _ in recipes.shipped()])
     def test_it_repeats_no_default(self, write, name):
-        given = ["model.path=FOLDER", "data.train=FILE"]
+        given = ["model.path=FOLDER", "data.train=FILE"] if name in YOURS else []
         written = YAML(typ="safe", pure=True).load(recipes.find(name))
         for section, keys in written.items():
             for key in keys:

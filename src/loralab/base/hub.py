@@ -15,8 +15,10 @@ from huggingface_hub.errors import (
 )
 
 from loralab.errors import ModelError, did_you_mean
+from loralab.pocket import BASE
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+POCKET = "pocket"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 # Copies of the same weights in the authors' own layout, and onnx and other exports in sub-folders.
@@ -29,7 +31,7 @@ def find(
     """Find the folder that holds a model's files, and the revision they are of.
 
     Args:
-        path: folder or hub id.
+        path: folder, hub id, or `pocket` for the small base that comes with the package.
         revision: commit, tag or branch; of a hub id only.
         weights: whether weights are needed.
         code: whether the model's own Python files are needed too.
@@ -37,7 +39,7 @@ def find(
     Raises:
         ModelError: there is no such folder or hub model, it cannot be reached, or it holds no model or no weights.
     """
-    folder, commit = Path(path).expanduser(), revision
+    folder, commit = BASE if path == POCKET else Path(path).expanduser(), revision
     if not folder.is_dir():
         if not HUB_ID.fullmatch(path) or _looks_local(folder):
             raise _missing_folder(path, folder)

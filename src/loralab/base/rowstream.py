@@ -18,10 +18,12 @@ from loralab.base.sources import (
     hub_fingerprint,
     load_from_hub,
     local_files,
+    pocket_rows,
     quiet,
     unreadable,
 )
 from loralab.errors import DataError
+from loralab.pocket import world
 
 
 class RowStream:
@@ -34,7 +36,11 @@ class RowStream:
     def __init__(self, source: Source) -> None:
         self.path = source.path
         files = local_files(source)
-        if files is None:
+        if world.is_address(source.path):
+            drawn = pocket_rows(source)
+            self._use(_ListStream([row for batch in drawn.batches() for row in batch]))
+            self.fingerprint = drawn.fingerprint
+        elif files is None:
             self._use(load_from_hub(source, streaming=True))
             self.fingerprint = hub_fingerprint(source, self._table)
         else:

@@ -6,6 +6,7 @@ instead, so that a row is what the file says and an error names its line.
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import datasets
 
 from loralab.base.jsonrows import not_utf8, parse_rows
 from loralab.errors import DataError, did_you_mean
+from loralab.pocket import world
 
 Row = dict[str, Any]
 
@@ -40,7 +42,7 @@ class Source:
     """One source of rows.
 
     Attributes:
-        path: a file, a folder of files with one kind of ending, or a hub id `owner/name`, `owner/name:subset`.
+        path: a file, a folder of files with one kind of ending, a hub id `owner/name`, `owner/name:subset`, or `pocket:NAME`.
         weight: how often each example is seen per epoch on average.
         form: how a row becomes text, see `forms.FORMS`.
         template: prompt and completion in words of the columns; takes the place of `form`.
@@ -98,6 +100,8 @@ def read_rows(source: Source) -> Rows:
     Raises:
         DataError: the source is missing, empty, unreadable or out of reach.
     """
+    if world.is_address(source.path):
+        return pocket_rows(source)
     files = local_files(source)
     if files is None:
         table: Any = load_from_hub(source, streaming=False)
@@ -109,6 +113,12 @@ def read_rows(source: Source) -> Rows:
     return rows
 
 
+def pocket_rows(source: Source) -> Rows:
+    """Draw the rows of an address of the pocket world. Raises DataError for an address that there is not."""
+    table = world.rows(source.path)
+    return Rows(table, path=source.path, fingerprint=hashlib.sha256(json.dumps(table).encode()).hexdigest())
+
+
 def empty(path: str) -> DataError:
     """Say that a source has no rows."""
     return DataError(
@@ -117,11 +127,17 @@ def empty(path: str) -> DataError:
 
 
 def local_files(source: Source) -> list[Path] | None:
-    """List the data files behind a path in sorted order; None stands for a hub id.
+    """List the data files behind a path in sorted order; None stands for a hub id or a checked address `pocket:NAME`.
 
     Raises:
         DataError: nothing is there, or a folder holds no or more than one kind of data file.
     """
+    if world.is_address(source.path):
+        if source.split is not None:
+            fix = f"write the split into the address: pocket:NAME/{source.split}"
+            raise DataError(f"split `{source.split}` was asked of the pocket world", where=source.path, fix=fix)
+        world.parse(source.path)
+        return None
     path = Path(source.path).expanduser()
     if not path.exists():
         if path.suffix in BUILDERS or not HUB_ID.fullmatch(source.path):

@@ -8,9 +8,10 @@ The two historic mistakes of such measures cannot happen here: targets are shift
 base is read with the delta switched off and compared with the tuned model at step 0.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from loralab.base.data import Batch
 from loralab.errors import DeltaError
+from loralab.evals.probe import Reading, measuring
 from loralab.evals.stats import Score, mean_score
 from loralab.training.loss import NO_TARGET, LanguageHead
 
@@ -37,15 +39,6 @@ class _BasePosition:
     best: Tensor
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One pass of a probe: its scores, and per document the summed loss and the number of tokens."""
-
-    scores: list[Score]
-    loss_sums: Float[ndarray, " documents"]
-    num_tokens: Float[ndarray, " documents"]
-
-
 class TextProbe:
     """Loss on a fixed text and, with `drift`, the distance of the tuned model from the base on it."""
 
@@ -61,12 +54,12 @@ class TextProbe:
 
     def read_base(self, without: AbstractContextManager[None] | None = None) -> Reading:
         """Read the base (inside `without`, which switches the delta off) and keep what later readings pair with."""
-        with without or nullcontext(), _measuring(self.head):
+        with without or nullcontext(), measuring(self.head.model):
             self._base = [self._keep(logits, t) for batch in self.batches for logits, t in self.head.logits(batch)]
         self._base_sums = self._per_document(torch.cat([part.loss for part in self._base]))
         if not self.drift:
             self._base = []
-        return Reading([self._mean(f"{self.name}/loss", self._base_sums)], self._base_sums, self._num_tokens)
+        return Reading([self._mean(f"{self.name}/loss", self._base_sums)], self._items(self._base_sums))
 
     def _keep(self, logits: Tensor, targets: Tensor) -> _BasePosition:
         log_p = torch.log_softmax(logits, -1)
@@ -85,7 +78,7 @@ class TextProbe:
         """
         losses, divergences, flips = [], [], []
         kept = iter(self._base)
-        with _measuring(self.head):
+        with measuring(self.head.model):
             for batch in self.batches:
                 for logits, targets in self.head.logits(batch):
                     log_q = torch.log_softmax(logits, -1)
@@ -103,7 +96,11 @@ class TextProbe:
             self._refuse_drift_at_start(kl.value, step)
             flipped = self._per_document(torch.cat(flips))
             scores += [kl, mean_score("drift/top1_flips", "share of tokens", flipped, self._num_tokens)]
-        return Reading(scores, sums, self._num_tokens)
+        return Reading(scores, self._items(sums))
+
+    def _items(self, sums: ndarray) -> list[dict[str, Any]]:
+        pairs = zip(self._num_tokens.tolist(), sums.tolist(), strict=True)
+        return [{"num_tokens": number, "loss_sum": loss} for number, loss in pairs]
 
     def _refuse_drift_at_start(self, kl: float, step: int | None) -> None:
         dtype = next(p.dtype for p in self.head.model.parameters() if p.is_floating_point())
@@ -129,19 +126,6 @@ def lower_bound_kl(log_p: Float[Tensor, "n k"], log_q: Float[Tensor, "n k"]) -> 
     rest_p = (1 - log_p.double().exp().sum(-1)).clamp_min(noise)
     rest_q = (1 - log_q.double().exp().sum(-1)).clamp_min(noise)
     return (inside + rest_p * (rest_p.log() - rest_q.log())).clamp_min(0)
-
-
-@contextmanager
-def _measuring(head: LanguageHead) -> Iterator[None]:
-    """Evaluation mode, no gradients, random state untouched."""
-    was_training, random = head.model.training, torch.get_rng_state()
-    head.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        head.model.train(was_training)
-        torch.set_rng_state(random)
 
 
 def _numbered(batches: Sequence[Batch]) -> list[tuple[int, Batch]]:

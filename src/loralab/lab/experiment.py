@@ -10,6 +10,7 @@ from loralab.errors import Diverged, Interrupted, LoralabError
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.result import Result, result_of, save_delta, write_items
 from loralab.lab.resume import resume, same_inputs_or_refuse
+from loralab.lab.spectra import write_spectra
 from loralab.lab.stop import Stop, interrupts_explained, stop_on_signals
 from loralab.lab.watch import Display, RunWatch, Silent
 from loralab.run.folder import RunFolder
@@ -64,6 +65,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         folder=folder,
         method=prepared.method,
         probes=prepared.probes,
+        samples=prepared.samples,
         total_steps=prepared.total_steps,
         probe_every=spec.probes.every,
         checkpoint_every=spec.checkpoints.every,
@@ -102,6 +104,8 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
             mirror.close()
     write_items(folder, watch.base_readings, watch.final_readings())
     save_delta(folder, prepared)
+    if left_out := write_spectra(folder, prepared, loop.step):
+        display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
     folder.write_status(
         state="done",
         step=loop.step,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from loralab.base.corpus import Corpus, tokenise
-from loralab.base.data import Batch, Feed, collate
+from loralab.base.data import Batch, Feed
 from loralab.base.hub import find
 from loralab.base.model import Base, load
 from loralab.base.packing import pack
@@ -18,6 +19,10 @@ from loralab.base.stream import StreamingFeed, tokenise_head
 from loralab.base.text import Example
 from loralab.errors import LoralabError, ModelError, SpecError
 from loralab.evals.drift import TextProbe
+from loralab.evals.probe import Probe, side_by_side
+from loralab.evals.samples import Samples, samples_of_tasks, samples_of_texts
+from loralab.evals.tasks import Task, probes_of
+from loralab.lab.tasks import fingerprint, look_for, read_tasks
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
@@ -26,7 +31,6 @@ from loralab.training.loss import LanguageHead
 from loralab.training.optim import steps_of
 from loralab.training.recompute import recompute_
 
-PROBE_BATCH_TOKENS = 4096
 STREAM_HEAD_ROWS = 4096
 """First rows of a stream: of these the validation rows are held out, and `check` shows examples."""
 
@@ -39,12 +43,15 @@ class Data:
     train: Corpus
     validation: Corpus | None
     general: Corpus | None
+    tasks: dict[str, list[Task]]
+    """Tasks of each role that has some, `target` and `source`."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
-        return {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
+        found = {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
+        return found | {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
 
     @property
     def report(self) -> dict[str, Any]:
@@ -62,7 +69,8 @@ class Prepared:
     method: Method
     attachment: Attachment
     head: LanguageHead
-    probes: list[TextProbe]
+    probes: list[Probe]
+    samples: Samples | None
     total_steps: int
 
 
@@ -82,7 +90,8 @@ def prepare(spec: RunSpec) -> Prepared:
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
     _refuse_short(spec, total)
-    return Prepared(base, data, method, attachment, head, _probes(spec, data, head), total)
+    probes, samples = _probes(spec, data, head, base), _samples(spec, data, head, base)
+    return Prepared(base, data, method, attachment, head, probes, samples, total)
 
 
 def _refuse_missing_files(spec: RunSpec) -> None:
@@ -90,7 +99,12 @@ def _refuse_missing_files(spec: RunSpec) -> None:
     problems: list[LoralabError] = []
     try:
         if not Path(spec.model.path).exists():
-            find(spec.model.path, spec.model.revision, code=spec.model.trust_remote_code)
+            find(
+                spec.model.path,
+                spec.model.revision,
+                weights=not spec.model.random_init,
+                code=spec.model.trust_remote_code,
+            )
     except LoralabError as error:
         problems.append(error)
     for sources in (spec.data.train, spec.data.validation, spec.data.general):
@@ -99,6 +113,11 @@ def _refuse_missing_files(spec: RunSpec) -> None:
                 local_files(source)
             except LoralabError as error:
                 problems.append(error)
+    for task in (*spec.probes.target, *spec.probes.source):
+        try:
+            look_for(task)
+        except LoralabError as error:
+            problems.append(error)
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -110,7 +129,9 @@ def load_base(spec: RunSpec) -> Base:
     if spec.model.quantize and spec.method.name == "full":
         fix = "drop model.quantize, or choose a low-rank method"
         raise SpecError([LoralabError("a quantised base cannot move", where="model.quantize", fix=fix)])
-    base = load(**spec.model.model_dump())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)  # of model.random_init
+        base = load(**spec.model.model_dump())
     if type(base.model).__name__.endswith("MaskedLM"):
         raise ModelError(
             f"{type(base.model).__name__} reads both ways: predicting the next token means nothing to it",
@@ -150,6 +171,8 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     # Form and template describe the target's rows; general text is of another kind and says its own, if any.
     validation = corpus(_sources(data.validation, data.form, data.template))
     general = corpus(_sources(data.general, "auto", None))
+    named = {"target": spec.probes.target, "source": spec.probes.source}
+    tasks = {role: read_tasks(written) for role, written in named.items() if written}
     training = _sources(data.train, data.form, data.template)
     if data.streaming:
         head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
@@ -157,12 +180,12 @@ def read_data(spec: RunSpec, base: Base) -> Data:
             head, validation = head.hold_out(data.validation_share)
         held_out = validation.keys.tolist() if validation is not None else ()
         feed = StreamingFeed(training, tokenizer, **rules, **portions, excluded=held_out)
-        return Data(feed, head, validation, general)
+        return Data(feed, head, validation, general, tasks)
     train = corpus(training)
     assert train is not None
     if validation is None and data.validation_share > 0:
         train, validation = train.hold_out(data.validation_share)
-    return Data(Feed(train, **portions), train, validation, general)
+    return Data(Feed(train, **portions), train, validation, general, tasks)
 
 
 def _sources(sources: Sequence[SourceSpec] | None, form: str, template: TemplateSpec | None) -> list[Source]:
@@ -215,16 +238,35 @@ def _refuse_short(spec: RunSpec, total_steps: int) -> None:
         raise SpecError([LoralabError(what, where="schedule.warmup", fix=fix)])
 
 
-def _probes(spec: RunSpec, data: Data, head: LanguageHead) -> list[TextProbe]:
-    """Probe the target's validation rows and the general text; drift is watched on the general text if there is any."""
-    probes = []
+def _probes(spec: RunSpec, data: Data, head: LanguageHead, base: Base) -> list[Probe]:
+    """Probe the target's validation rows and the general text, then the tasks.
+
+    Drift is watched on the general text if there is any.
+    """
+    probes: list[Probe] = []
     device = next(head.model.parameters()).device
     for name, corpus in (("target", data.validation), ("general", data.general)):
         if corpus is not None and len(corpus):
             drift = spec.probes.drift and (name == "general" or data.general is None)
             batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens, together=head.packs)]
             probes.append(TextProbe(name, batches, head, drift=drift, top_k=spec.probes.top_k))
+    assert base.tokenizer is not None  # `read_data` has seen to it
+    for role, tasks in data.tasks.items():
+        probes += probes_of(role, tasks, head, base.tokenizer)
     return probes
+
+
+def _samples(spec: RunSpec, data: Data, head: LanguageHead, base: Base) -> Samples | None:
+    """Choose the prompts whose answers are kept: of the tasks, and of the validation rows if the target has no task."""
+    assert base.tokenizer is not None
+    if not spec.probes.samples or not base.model.can_generate():
+        return None
+    common = base.model, base.tokenizer
+    found = [s for role, ts in data.tasks.items() for s in samples_of_tasks(role, ts, *common, spec.probes.samples)]
+    if "target" not in data.tasks and data.validation is not None:
+        texts = [data.validation[i] for i in range(min(len(data.validation), 2 * spec.probes.samples))]
+        found += samples_of_texts("target", texts, *common, spec.probes.samples)
+    return Samples(found, *common, together=head.packs) if found else None
 
 
 def probe_batches(corpus: Corpus, most_tokens: int, *, together: bool = True) -> list[Batch]:
@@ -237,13 +279,4 @@ def probe_batches(corpus: Corpus, most_tokens: int, *, together: bool = True) ->
             break
         chosen.append(example)
         total += len(example)
-    batches: list[Batch] = []
-    group: list[Example] = []
-    size = 0
-    for example in chosen:
-        if group and (not together or size + len(example) > PROBE_BATCH_TOKENS):
-            batches.append(collate(group))
-            group, size = [], 0
-        group.append(example)
-        size += len(example)
-    return [*batches, collate(group)]
+    return side_by_side(chosen, together=together)

@@ -1,19 +1,40 @@
 """What a run leaves behind: its delta, the outcome of every document, its scores."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 from safetensors import SafetensorError
 
 from loralab.delta.store import save_lowrank
 from loralab.errors import Interrupted
-from loralab.evals.drift import Reading
+from loralab.evals.probe import Reading
 from loralab.evals.stats import Score
 from loralab.lab.prepare import Prepared
 from loralab.run.folder import RunFolder, read_lines, write_atomic
+
+MEASURED = ("loss_sum", "right")
+ITEMS = pa.schema(
+    [
+        ("probe", pa.string()),
+        ("item", pa.int64()),
+        ("num_tokens", pa.float64()),
+        ("base_loss_sum", pa.float64()),
+        ("tuned_loss_sum", pa.float64()),
+        ("skill", pa.string()),
+        ("base_right", pa.float64()),
+        ("tuned_right", pa.float64()),
+        ("prompt", pa.string()),
+    ]
+)
+"""Columns of `items.parquet`: losses in nats, summed over an item's tokens; right is 1 or 0."""
+CHANGES = {"loss": "loss_rise", "accuracy": "accuracy_change", "choice": "choice_change"}
+"""Which score is the paired change of which, by the last part of their names."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +56,24 @@ class Result:
         """Give the end table: name, base, before, after, change with its 95 % interval (paired where possible), n."""
         rows: list[tuple[Any, ...]] = []
         for name, after in self.after.items():
-            if name.endswith("/loss_rise"):
+            path, _, measure = name.rpartition("/")
+            if measure in CHANGES.values():
                 continue
-            rise = self.after.get(name.removesuffix("/loss") + "/loss_rise") if name.endswith("/loss") else after
-            base = self.base.get(name)
-            change, interval = (None, None) if rise is None else (rise.value, rise.interval())
+            change = self.after.get(f"{path}/{CHANGES[measure]}") if measure in CHANGES else after
+            interval = None if change is None else change.interval()
             text = "" if interval is None else f"[{interval[0]:+.4g}, {interval[1]:+.4g}]"
-            before = self.before.get(name)
-            rows.append((name, base and base.value, before and before.value, after.value, change, text, after.n))
+            base, before = self.base.get(name), self.before.get(name)
+            moved = None if change is None else change.value
+            rows.append((name, base and base.value, before and before.value, after.value, moved, text, after.n))
         return rows
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Give what base and tuned model answered to the same prompts: step, model, role, skill, prompt, output."""
+        return read_lines(self.folder.samples)
+
+    def spectra(self) -> pd.DataFrame:
+        """Give the spectrum of the delta, a row per matrix; see `loralab.spectral.spectrum.table` for its columns."""
+        return pd.read_parquet(self.folder.spectra)
 
     def summary(self) -> dict[str, Any]:
         """Give everything as plain values."""
@@ -91,21 +121,24 @@ def save_delta(folder: RunFolder, prepared: Prepared) -> None:
 
 
 def write_items(folder: RunFolder, base: dict[str, Reading], after: dict[str, Reading]) -> None:
-    """Write per document and probe the summed loss of base and tuned: what paired tests need."""
-    parts = []
-    for name, reading in after.items():
-        parts.append(
-            pd.DataFrame(
-                {
-                    "probe": name,
-                    "item": range(len(reading.loss_sums)),
-                    "num_tokens": reading.num_tokens,
-                    "base_loss_sum": base[name].loss_sums,
-                    "tuned_loss_sum": reading.loss_sums,
-                }
-            )
-        )
-    if parts:
+    """Write what was measured on each item, on base and tuned: what paired tests need.
+
+    A row for each document of a text probe and each item of a task; columns that a probe does not have are null.
+    """
+    rows = [row for name, reading in after.items() for row in _paired(name, base[name], reading)]
+    if rows:
         table = BytesIO()
-        pd.concat(parts, ignore_index=True).to_parquet(table, index=False)
+        parquet.write_table(pa.Table.from_pylist(rows, schema=ITEMS), table)
         write_atomic(folder.path / "items.parquet", table.getvalue())
+
+
+def _paired(probe: str, base: Reading, tuned: Reading) -> Iterator[dict[str, Any]]:
+    for number, (before, after) in enumerate(zip(base.items, tuned.items, strict=True)):
+        facts = {name: value for name, value in after.items() if name not in MEASURED}
+        outcomes = {
+            f"{model}_{name}": row[name]
+            for name in MEASURED
+            if name in after
+            for model, row in (("base", before), ("tuned", after))
+        }
+        yield {"probe": probe, "item": number, **facts, **outcomes}

@@ -60,7 +60,7 @@ def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, spec: RunSpec, fin
                 where="branch_from",
                 fix="give a longer train.steps, or an earlier checkpoint",
             )
-    for lines in (folder.metrics, folder.scores):
+    for lines in (folder.metrics, folder.scores, folder.samples):
         # What stands at step 0 is measured again by a loop that begins there.
         keep_lines(lines, lambda line: bool(found) and 0 < loop.step >= line["step"])
     if loop.step:

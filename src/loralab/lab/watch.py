@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from loralab.base.device import peak_bytes
 from loralab.errors import Diverged
-from loralab.evals.drift import Reading, TextProbe
+from loralab.evals.probe import Probe, Reading
+from loralab.evals.samples import Samples
 from loralab.evals.stats import Score
 from loralab.methods.base import Knot, Method
 from loralab.run.folder import RunFolder, append_line
@@ -53,7 +54,8 @@ class RunWatch:
         *,
         folder: RunFolder,
         method: Method,
-        probes: list[TextProbe],
+        probes: list[Probe],
+        samples: Samples | None = None,
         total_steps: int,
         probe_every: float,
         checkpoint_every: float,
@@ -64,7 +66,7 @@ class RunWatch:
         stop_requested: Callable[[], bool] = lambda: False,
         wall_s: float = 0.0,
     ) -> None:
-        self.folder, self.method, self.probes = folder, method, probes
+        self.folder, self.method, self.probes, self.samples = folder, method, probes, samples
         self.total_steps, self.display, self.mirrors = total_steps, display, mirrors
         self.probe_steps = max(1, steps_of(probe_every, total_steps))
         self.checkpoint_steps = max(1, steps_of(checkpoint_every, total_steps))
@@ -89,12 +91,23 @@ class RunWatch:
             self.base_readings[probe.name] = reading
             if step == 0:
                 self._record(0, "base", reading.scores)
+        if step == 0:
+            with self.method.without():
+                self._sample(0, "base")
 
     def measure(self, step: int, *, last: bool = False) -> None:
         if step == 0:
             self.read_base(0)
         if last or step % self.probe_steps == 0:
             self._measure_now(step)
+        if last:
+            self._sample(step, "tuned")
+
+    def _sample(self, step: int, model: str) -> None:
+        """Keep what the model writes behind the chosen prompts."""
+        if self.samples is not None:
+            for line in self.samples.lines(step, model):
+                append_line(self.folder.samples, line)
 
     def _measure_now(self, step: int) -> None:
         if self._measured_at == step or not self.probes:

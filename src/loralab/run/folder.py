@@ -1,7 +1,7 @@
 """The run folder: the truth about one run, on disk. Every table and page can be rebuilt from it.
 
     <root>/<name>-<hash8>/
-      spec.yaml  status.json  environment.json  metrics.jsonl  scores.jsonl  samples.jsonl
+      spec.yaml  status.json  environment.json  metrics.jsonl  scores.jsonl  items.parquet  samples.jsonl  spectra.parquet
       delta/  links/  checkpoints/step-N/
 
 Files are written whole (temporary file, fsync, rename) or appended a line at a time. One process writes a folder at a
@@ -104,6 +104,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.scores = self.path / "scores.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.spectra = self.path / "spectra.parquet"
         self.delta = self.path / "delta"
         self.links = self.path / "links"
         self.checkpoints = self.path / "checkpoints"

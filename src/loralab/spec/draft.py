@@ -16,7 +16,8 @@ from loralab.errors import LoralabError
 
 Key = tuple[str, ...]
 
-SOURCE_LISTS = ("train", "validation", "general")
+PATH_LISTS = {"data": ("train", "validation", "general"), "probes": ("target", "source")}
+"""Lists of sections of which a path alone may stand for one."""
 LENGTHS = ("epochs", "steps", "tokens")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -111,7 +112,7 @@ def _read_file(draft: Draft, file: Path) -> None:
         draft.legible = root is None or isinstance(root, MappingNode)
         if draft.legible:
             draft.values = values or {}
-            _spell_out_sources(draft)
+            _spell_out_paths(draft)
         else:
             draft.report(_line(draft, 1), "a recipe is a mapping of sections", "begin with a line such as `method:`")
 
@@ -170,7 +171,7 @@ def _override(draft: Draft, place: Place, text: str) -> None:
     draft.places[key] = place
     if key[0] == "train" and key[-1] in LENGTHS:
         _give_way(draft, key[-1])
-    _spell_out_sources(draft)
+    _spell_out_paths(draft)
 
 
 def _assign(inside: Any, key: Key, value: Any) -> None:
@@ -218,20 +219,21 @@ def _forget_places(draft: Draft, key: Key) -> None:
     draft.places = {known: place for known, place in draft.places.items() if known[: len(key)] != key}
 
 
-def _spell_out_sources(draft: Draft) -> None:
+def _spell_out_paths(draft: Draft) -> None:
     """Write `data.train: FILE` out as `data.train: [{path: FILE}]`, so that overrides can reach into it."""
-    data = draft.values.get("data")
-    if not isinstance(data, dict):
-        return
-    for name in SOURCE_LISTS:
-        written = data.get(name)
-        if isinstance(written, dict):
-            draft.places = {_in_first_entry(key, name): place for key, place in draft.places.items()}
-        if isinstance(written, str | dict):
-            written = [written]
-        if isinstance(written, list):
-            data[name] = [{"path": entry} if isinstance(entry, str) else entry for entry in written]
+    for section, names in PATH_LISTS.items():
+        inside = draft.values.get(section)
+        if not isinstance(inside, dict):
+            continue
+        for name in names:
+            written = inside.get(name)
+            if isinstance(written, dict):
+                draft.places = {_in_first_entry(key, (section, name)): place for key, place in draft.places.items()}
+            if isinstance(written, str | dict):
+                written = [written]
+            if isinstance(written, list):
+                inside[name] = [{"path": entry} if isinstance(entry, str) else entry for entry in written]
 
 
-def _in_first_entry(key: Key, name: str) -> Key:
-    return ("data", name, "0", *key[2:]) if key[:2] == ("data", name) and len(key) > 2 else key
+def _in_first_entry(key: Key, of: Key) -> Key:
+    return (*of, "0", *key[2:]) if key[:2] == of and len(key) > 2 else key

@@ -36,6 +36,8 @@ class ModelSpec(Strict):
     """Quantise the frozen base with bitsandbytes (CUDA only)."""
     trust_remote_code: bool = False
     """Run the model's own Python code from its repository. Only if you have read it."""
+    random_init: bool = False
+    """Draw the weights from `seed` instead of reading them: pretraining from nothing, of every weight."""
     attention_dropout: Share | None = None
     """A regulariser of P1 (0.05 and 0.1 tried there); None keeps the model's own value."""
 
@@ -65,6 +67,15 @@ class SourceSpec(Strict):
 SourcesAsWritten = str | SourceSpec | list[str | SourceSpec] | None
 
 
+def _paths_become_sections(value: Any) -> Any:
+    """Let a path stand for a section that has nothing but a path, and one of them for a list."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if isinstance(value, list):
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
 class DataSpec(Strict):
     """What is read, how it becomes tokens with a loss mask, and how tokens become batches."""
 
@@ -91,17 +102,25 @@ class DataSpec(Strict):
     @field_validator("train", "validation", "general", mode="before", json_schema_input_type=SourcesAsWritten)
     @classmethod
     def _paths_become_sources(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            value = [value]
-        if isinstance(value, list):
-            return [{"path": item} if isinstance(item, str) else item for item in value]
-        return value
+        return _paths_become_sections(value)
 
     @model_validator(mode="after")
     def _some_training_data(self) -> "DataSpec":
         if not self.train:
             raise contradiction("data.train", "data.train is empty", "name at least one file")
         return self
+
+
+class TaskSpec(Strict):
+    """Items with right answers: their share says what was learned or forgotten."""
+
+    path: str
+    """`pocket:NAME` (`calc`, `source`, a skill …), or a file of rows {prompt, completion[, choices, right, skill]}."""
+    items: Count | None = None
+    """Most items of each skill; None takes 40 of the pocket world, all of a file."""
+
+
+TasksAsWritten = str | TaskSpec | list[str | TaskSpec] | None
 
 
 class ProbeSpec(Strict):
@@ -115,6 +134,17 @@ class ProbeSpec(Strict):
     """Watch KL(base‖tuned), paired loss rise and top-1 flips on the general text (or the validation rows)."""
     top_k: Count = 64
     """Base log-probabilities kept per position; the KL is then a lower bound."""
+    target: list[TaskSpec] = []
+    """Tasks that the training should teach: learning is the rise of their accuracy."""
+    source: list[TaskSpec] = []
+    """Tasks that the base knows: forgetting is the fall of their accuracy."""
+    samples: Annotated[int, Field(ge=0)] = 6
+    """Prompts of each role (without tasks: validation rows) whose answers are kept before and after training."""
+
+    @field_validator("target", "source", mode="before", json_schema_input_type=TasksAsWritten)
+    @classmethod
+    def _paths_become_tasks(cls, value: Any) -> Any:
+        return _paths_become_sections([] if value is None else value)
 
 
 class CheckpointSpec(Strict):

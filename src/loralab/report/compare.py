@@ -1,0 +1,266 @@
+"""Runs put side by side: which belong together, what each learned and lost, and which differences are ties.
+
+Legend: a change is the tuned model minus the base, paired by item. Learning is the change of the target in the good
+direction, forgetting the change of the source in the bad one, so that both are usually above 0.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from loralab.evals.stats import Score, ratio_mean, skill_scores, t95
+from loralab.report.read import Run, finite, printable, source_name
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to measure learning or forgetting.
+
+    Attributes:
+        level: name of the score that is measured on base and tuned model.
+        change: name of its paired change.
+        sign: +1 or −1; sign · change is the learning or the forgetting.
+        unit: of the level.
+        phrase: what the level says, in words.
+        way: the kind of measurement, in words.
+    """
+
+    level: str
+    change: str
+    sign: int
+    unit: str
+    phrase: str
+    way: str
+
+
+SHARE, NATS = "share of items", "nats per token"
+LEARNING = (
+    Side("target/accuracy", "target/accuracy_change", 1, SHARE, "answered right", "right answers"),
+    Side("target/choice", "target/choice_change", 1, SHARE, "right by multiple choice", "multiple choice"),
+    Side("target/loss", "target/loss_rise", -1, NATS, "loss", "loss"),
+)
+FORGETTING = (
+    Side("source/accuracy", "source/accuracy_change", -1, SHARE, "answered right", "right answers"),
+    Side("source/choice", "source/choice_change", -1, SHARE, "right by multiple choice", "multiple choice"),
+    Side("general/loss", "general/loss_rise", 1, NATS, "loss", "loss"),
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a comparison: a measure of learning and one of forgetting; either may be missing."""
+
+    learning: Side | None
+    forgetting: Side | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that began from one base and were taught the same thing, measured on the same held-out data.
+
+    Attributes:
+        name: of the target data, for people.
+        base: path of the base as the specs give it.
+        runs: sorted by method and rank.
+        labels: a short name per run, by folder; no two are equal.
+    """
+
+    name: str
+    base: str
+    base_mark: str | None
+    runs: list[Run]
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.state == "done"]
+
+    def label(self, run: Run) -> str:
+        return self.labels[run.folder]
+
+    @property
+    def views(self) -> list[View]:
+        """Answers first, then multiple choice, then losses, as far as they were measured; none if nothing was."""
+        learning = [side for side in LEARNING if any(level(run, side) for run in self.runs)]
+        forgetting = [side for side in FORGETTING if any(level(run, side) for run in self.runs)]
+        first = View(learning[0] if learning else None, forgetting[0] if forgetting else None)
+        found = [first]
+        if FORGETTING[1] in forgetting:
+            found.append(View(LEARNING[1] if LEARNING[1] in learning else first.learning, FORGETTING[1]))
+        found.append(
+            View(*(sides[-1] if sides and sides[-1].unit == NATS else None for sides in (learning, forgetting)))
+        )
+        return [view for i, view in enumerate(found) if view not in (*found[:i], View(None, None))]
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """Group runs into comparisons, sorted by name. Damaged runs are left out: nothing can be said about them."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    unknown = []
+    for run in runs:
+        if run.state == "damaged":
+            continue
+        mark = run.base_mark
+        if mark is None:
+            unknown.append(run)
+            continue
+        held_out = run.data_marks.get("validation", run.data_marks.get("train", ""))
+        groups.setdefault((run.target_data, mark, held_out), []).append(run)
+    for run in unknown:  # it never began; it belongs where its spec would have put it
+        same = (key for key, group in groups.items() if _meant_for(run, group[0]))
+        groups.setdefault(next(same, (run.target_data, str(run.at("model.path")), "")), []).append(run)
+    names = [key[0] for key in groups]
+    made = []
+    for key, group in sorted(groups.items()):
+        base = printable(source_name(str(group[0].at("model.path"))))
+        name = key[0] if names.count(key[0]) == 1 else f"{key[0]} ({base} {key[1][:4]}, data {key[2][:4]})"
+        ordered = sorted(group, key=_order)
+        made.append(Comparison(name, base, group[0].base_mark, ordered, labels_of(ordered)))
+    return made
+
+
+def _meant_for(run: Run, other: Run) -> bool:
+    return run.target_data == other.target_data and run.at("model.path") == other.at("model.path")
+
+
+METHOD_ORDER = ("full", "lora", "lora_plus", "cola", "peft")
+METHOD_NAMES = {"full": "full", "lora": "LoRA", "lora_plus": "LoRA+", "cola": "COLA", "peft": "PEFT"}
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    place = METHOD_ORDER.index(run.method) if run.method in METHOD_ORDER else len(METHOD_ORDER)
+    return place, run.rank or 0, *(finite(run.at(key)) or 0.0 for key in TELLING), run.folder
+
+
+def method_label(run: Run) -> str:
+    """Name a run by what it is: `full`, `LoRA r16`, `COLA 3×r8`."""
+    name = METHOD_NAMES.get(run.method, run.method)
+    if run.method == "peft":
+        name = printable(str(run.at("method.tuner") or name))
+    ranks, links = run.at("method.ranks"), run.at("method.links")
+    if run.method == "cola" and isinstance(ranks, list):
+        return f"{name} r" + "+".join(map(str, ranks))
+    if run.method == "cola" and isinstance(links, int):
+        return f"{name} {links}×r{run.rank}"
+    return f"{name} r{run.rank}" if run.rank else name
+
+
+TELLING = {
+    "optimizer.learning_rate": "lr",
+    "seed": "seed",
+    "train.steps": "steps",
+    "train.epochs": "epochs",
+    "train.tokens": "tokens",
+    "method.alpha": "α",
+    "method.ratio": "ratio",
+    "train.batch_size": "batch",
+}
+"""Keys that tell runs of the same method and rank apart, with their short names."""
+
+
+def labels_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Give each run a short name, by folder; runs of one method and rank are told apart by what differs in their specs."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(method_label(run), []).append(run)
+    labels: dict[str, str] = {}
+    for label, group in groups.items():
+        keys = [key for key in TELLING if len({str(run.at(key)) for run in group}) > 1]
+        for run in group:
+            parts = [f"{TELLING[key]} {run.at(key):g}" for key in keys if isinstance(run.at(key), int | float)]
+            labels[run.folder] = ", ".join([label, *parts])
+    taken: set[str] = set()
+    for folder, label in labels.items():
+        free = next(name for i in count(1) if (name := label if i == 1 else f"{label} #{i}") not in taken)
+        taken.add(free)
+        labels[folder] = free
+    return labels
+
+
+def level(run: Run, side: Side, when: str = "after") -> Score | None:
+    """Give the level of a run's `base` or `after`."""
+    found: dict[str, Score] = getattr(run, when)
+    return found.get(side.level)
+
+
+def change(run: Run, side: Side | None) -> Score | None:
+    """Give learning or forgetting: the paired change if it was recorded, else the difference, then without error."""
+    if side is None:
+        return None
+    found = run.after.get(side.change)
+    if found is not None:
+        return Score(side.change, side.sign * found.value, side.unit, found.n, found.standard_error)
+    base, after = level(run, side, "base"), level(run, side)
+    if base is None or after is None:
+        return None
+    return Score(side.change, side.sign * (after.value - base.value), side.unit, after.n, None)
+
+
+def half_width(score: Score | None) -> float | None:
+    """Give half the 95 % interval (Student's t over the items), None without a standard error."""
+    if score is None or score.standard_error is None or score.n < 2:
+        return None
+    return t95(score.n - 1) * score.standard_error
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Give the Pareto set of (forgetting, learning): no other point forgets less and learns as much, or the reverse.
+
+    Returns:
+        Indices in order of growing forgetting.
+    """
+    kept: list[int] = []
+    best = -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[i][1] > best:
+            kept.append(i)
+            best = points[i][1]
+    return kept
+
+
+def difference(first: Run, second: Run, side: Side) -> Score | None:
+    """Give learning or forgetting of the first run minus that of the second.
+
+    Paired item by item where both runs kept the outcomes of the same items; else as if measured on different items,
+    which makes the interval too wide rather than too narrow.
+    """
+    a, b = change(first, side), change(second, side)
+    if a is None or b is None:
+        return None
+    paired = _paired(first, second, side)
+    if paired is not None:
+        return paired
+    errors = (a.standard_error, b.standard_error)
+    error = None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
+    return Score(side.change, a.value - b.value, side.unit, min(a.n, b.n), error)
+
+
+def _paired(first: Run, second: Run, side: Side) -> Score | None:
+    probe = side.level.removesuffix("/loss")
+    if first.items is None or second.items is None:
+        return None
+    a, b = (items[items["probe"] == probe].reset_index(drop=True) for items in (first.items, second.items))
+    same = [name for name in ("item", "num_tokens", "skill", "prompt") if name in a and name in b]
+    if a.empty or not a[same].equals(b[same]):
+        return None
+    if side.unit == NATS:
+        value, error = ratio_mean(
+            (a["tuned_loss_sum"] - b["tuned_loss_sum"]).to_numpy(float), a["num_tokens"].to_numpy(float)
+        )
+    elif "tuned_right" in a and "tuned_right" in b:
+        skills = a["skill"].fillna("").astype(str).tolist() if "skill" in a else [""] * len(a)
+        values = (a["tuned_right"] - b["tuned_right"]).to_numpy(float)
+        mean = skill_scores(side.change, side.unit, values, skills)[0]
+        value, error = mean.value, mean.standard_error
+    else:
+        return None
+    return Score(side.change, side.sign * value, side.unit, len(a), error) if math.isfinite(value) else None
+
+
+def tied(first: Run, second: Run, side: Side) -> bool:
+    """Tell whether the 95 % interval of the difference holds 0; without an interval nothing can be told apart."""
+    found = difference(first, second, side)
+    half = half_width(found)
+    return found is None or half is None or abs(found.value) <= half

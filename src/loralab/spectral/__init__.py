@@ -1,0 +1,1 @@
+"""What lies inside a delta: singular values, ranks, sizes."""

@@ -1,0 +1,168 @@
+"""Written answers: the batch with a cache against one prompt at a time without, and their text."""
+
+import pytest
+import torch
+from battery import fresh_base, world
+from tiny_tokenizers import byte_tokenizer
+from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MambaConfig, PreTrainedModel
+
+from loralab.evals import generate as module
+from loralab.evals.generate import Prompt, answers, generate, room, stop_tokens, text_behind
+from loralab.training.loss import LanguageHead
+from tiny import DECODERS, tiny
+
+STOPS = [2, *range(60, 70)]
+"""Enough tokens that some answers of a random model stop early."""
+
+
+def prompts(count: int = 12, seed: int = 0) -> list[list[int]]:
+    """Make prompts of 1 to 9 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (count,), generator=generator).tolist()
+    return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, prompt: list[int], limit: int, stops: list[int]) -> list[int]:
+    """Take the most likely token of a whole forward pass again and again."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + limit and (len(tokens) == len(prompt) or tokens[-1] not in stops):
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def model_of(family: str) -> PreTrainedModel:
+    """Give a model whose next token hangs on all that stands before it: biases of a random one would drown the rest."""
+    model = fresh_base(family).model
+    model.config.final_logit_softcapping = 30.0  # gemma2's is so low that tokens tie
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif "attn" in name or "attention" in name:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_batch_writes_what_each_prompt_gets_alone(family, together):
+    model, asked = model_of(family), prompts()
+    limits = [6 + i % 5 for i in range(len(asked))]
+    stops = [alone(model, prompt, 3, [])[-1] for prompt in asked[:3]]  # so that some stop early
+    found = generate(model, asked, limits=limits, stops=stops, together=together)
+    assert found == [alone(model, prompt, limit, stops) for prompt, limit in zip(asked, limits, strict=True)]
+    early = [answer[-1] in stops and len(answer) < limit for answer, limit in zip(found, limits, strict=True)]
+    assert any(early) and not all(early)
+    assert len({tuple(answer) for answer in found}) > 8
+
+
+@pytest.mark.parametrize(
+    "settings", [BloomConfig(hidden_size=32, n_layer=2, n_head=4), MambaConfig(hidden_size=32, num_hidden_layers=2)]
+)
+def test_a_model_that_cannot_keep_documents_apart_gets_prompts_of_one_length(settings):
+    settings.vocab_size = 101
+    model = AutoModelForCausalLM.from_config(settings)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    head = LanguageHead(model.eval())
+    assert not head.packs and room(model) == float("inf")
+    found = generate(model, prompts(), limits=[6] * 12, stops=STOPS, together=head.packs)
+    assert found == [alone(model, prompt, 6, STOPS) for prompt in prompts()]
+
+
+def test_the_delta_writes_along_and_can_be_switched_off():
+    w = world("lora")
+    asked, chosen = prompts(), {"limits": [8] * 12, "stops": STOPS}
+    before = generate(w.base.model, asked, **chosen)
+    for layer in w.method.layers.values():
+        layer.pair("link-1").B.data.normal_(std=0.5)
+    after = generate(w.base.model, asked, **chosen)
+    assert after == [alone(w.base.model, prompt, 8, STOPS) for prompt in asked]
+    assert after != before
+    with w.method.without():
+        assert generate(w.base.model, asked, **chosen) == before
+
+
+def test_batches_hold_what_fits_and_answers_keep_their_order(monkeypatch):
+    model, asked = model_of("llama"), prompts(30)
+    limits = [3 + i % 9 for i in range(30)]
+    whole = generate(model, asked, limits=limits, stops=STOPS)
+    monkeypatch.setattr(module, "CACHED_TOKENS", 60)
+    assert generate(model, asked, limits=limits, stops=STOPS) == whole
+    for together in (True, False):
+        groups = list(module._groups(asked, limits, together))
+        assert sorted(i for group in groups for i in group) == list(range(30))
+        assert len(groups) > 3
+        for group in groups:
+            longest = max(len(asked[i]) for i in group) + max(limits[i] for i in group)
+            assert len(group) == 1 or len(group) * longest <= 60
+            assert together or len({len(asked[i]) for i in group}) == 1
+    assert generate(model, [], limits=[], stops=STOPS) == []
+
+
+def test_a_models_own_taste_in_sampling_counts_for_nothing():
+    model, asked = model_of("llama"), prompts()
+    plain = generate(model, asked, limits=[8] * 12, stops=STOPS)
+    tastes = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    own = model.generation_config = GenerationConfig(**tastes, min_new_tokens=8, suppress_tokens=[5, 6])
+    assert generate(model, asked, limits=[8] * 12, stops=STOPS) == plain
+    assert model.generation_config is own
+    with pytest.raises(IndexError):
+        generate(model, [[500]], limits=[1], stops=STOPS)
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_leaves_random_state_and_mode_as_they_were(training):
+    model = tiny("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train(training)
+    before = torch.get_rng_state()
+    first, second = (generate(model, prompts(), limits=[8] * 12, stops=STOPS) for _ in range(2))
+    assert first == second, "dropout is off"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training == training
+
+
+# Text
+
+
+def prompt_of(text: str, tokenizer, tokens: int | None = None) -> Prompt:
+    return Prompt(tokenizer(text)["input_ids"][:tokens], text, 9)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_text_of_an_answer_is_what_stands_behind_the_prompt(bos):
+    tokenizer = byte_tokenizer(bos=bos)
+    prompt = prompt_of("say é: ", tokenizer)
+    answer = tokenizer(" ü.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert text_behind(prompt, answer, tokenizer) == " ü."
+    assert text_behind(prompt, [], tokenizer) == ""
+
+
+def test_a_token_that_reaches_over_the_end_of_the_prompt_is_cut_there():
+    tokenizer = byte_tokenizer(merges=[("=", "4")])
+    tokens = tokenizer("2+2=4!")["input_ids"]
+    assert len(tokens) == 5, "`=4` is one token"
+    asked = Prompt(tokens[:3], "2+2=", 9)
+    assert text_behind(asked, tokens[3:], tokenizer) == "4!"
+    other = tokenizer("-1")["input_ids"]
+    assert text_behind(asked, other, tokenizer) == "-1", (
+        "it wrote something else: nothing of the prompt is taken off twice"
+    )
+
+
+def test_answers_stop_at_the_end_token_and_come_as_text():
+    tokenizer = byte_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer), eos_token_id=[7, 9])
+    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id, 7, 9]
+    asked = [prompt_of(text, tokenizer) for text in ("a", "what is it? ", "no")]
+    found = answers(model, tokenizer, asked)
+    expected = [alone(model, prompt.tokens, 9, stop_tokens(model, tokenizer)) for prompt in asked]
+    assert found == [text_behind(p, tokens, tokenizer) for p, tokens in zip(asked, expected, strict=True)]
+
+
+def test_room_is_the_number_of_positions():
+    assert room(tiny("llama")) == room(tiny("gpt2")) == 64
