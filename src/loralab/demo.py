@@ -4,6 +4,7 @@ Everything is real training through the same calls that a person would use, on t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,40 @@ ARMS: dict[str, dict[str, Any]] = {
 RATES = {"full": 1e-3, "lora": 5e-3, "lora_plus": 2.5e-3, "cola": 5e-3}
 """Learning rates by method, the same for both tasks; docs/LOG.md says how they were found."""
 
-TASKS: dict[str, dict[str, Any]] = {
-    "calc": {"train": "pocket:calc?items=6000", "validation": "pocket:calc/validation?items=200"},
-    "cipher": {"train": "pocket:cipher?items=4000", "validation": "pocket:cipher/validation?items=200"},
+
+@dataclass(frozen=True)
+class Lesson:
+    """A new task: training rows, held-out rows, and the items that are graded."""
+
+    train: str
+    validation: str
+    graded: str
+
+
+TASKS = {
+    "calc": Lesson("pocket:calc?items=6000", "pocket:calc/validation?items=200", "pocket:calc"),
+    "cipher": Lesson(
+        "pocket:cipher?items=4000&difficulty=5",
+        "pocket:cipher/validation?items=200&difficulty=5",
+        "pocket:cipher?difficulty=5",
+    ),
 }
+STEPS = 200
 
 
-def spec(task: str, arm: str, *, steps: int) -> RunSpec:
+def spec(task: str, arm: str, *, steps: int = STEPS) -> RunSpec:
     """Give the spec of one run; all of a task read the same rows in the same order, so the same number of tokens."""
-    method = ARMS[arm]
+    method, lesson = ARMS[arm], TASKS[task]
     return RunSpec.model_validate(
         {
             "name": f"{task}-{arm}",
             "model": {"path": "pocket", "device": "cpu"},
-            "data": {**TASKS[task], "general": "pocket:source/validation?items=400", "max_length": 256},
+            "data": {
+                "train": lesson.train,
+                "validation": lesson.validation,
+                "general": "pocket:source/validation?items=400",
+                "max_length": 256,
+            },
             "method": method,
             "optimizer": {"name": "adamw", "learning_rate": RATES[method["name"]]},
             "schedule": {"name": "cosine", "warmup": 0.05},
@@ -48,15 +69,15 @@ def spec(task: str, arm: str, *, steps: int) -> RunSpec:
             "probes": {
                 "every": 0.25,
                 "tokens": 8192,
-                "target": [{"path": f"pocket:{task}", "items": 100}],
+                "target": [{"path": lesson.graded, "items": 100}],
                 "source": [{"path": "pocket:source", "items": 20}],
             },
-            "checkpoints": {"every": 1.0, "keep_last": 1, "keep_best": False},
+            "checkpoints": {"every": 0.5, "keep_last": 1, "keep_best": False},
         }
     )
 
 
-def tell(out: Path, *, steps: int = 200, tasks: Sequence[str] = tuple(TASKS)) -> Path:
+def tell(out: Path, *, steps: int = STEPS, tasks: Sequence[str] = tuple(TASKS)) -> Path:
     """Run the story in a folder and give the path of its page; what is finished there is not run again.
 
     Raises:
