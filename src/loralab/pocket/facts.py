@@ -1,6 +1,6 @@
 """A small invented world for recall: sixty people, where they live, what they do, what they own.
 
-Each fact can be asked in four ways. The split goes by the question, so a test item asks for a fact in words in which
+Each fact can be asked in six ways. The split goes by the question, so a test item asks for a fact in words in which
 training never asked for it, while other questions taught the fact itself (a test counts that every fact has some).
 """
 
@@ -15,9 +15,18 @@ PETS = ("cat", "dog", "goat", "hen", "horse", "crow", "mouse", "sheep", "duck", 
 
 ANSWERS = {"home": TOWNS, "trade": TRADES, "pet": PETS}
 WAYS = {
-    "home": ("where does {} live? ", "the home of {} is ", "{} lives in ", "tell the town of {}: "),
-    "trade": ("what does {} do? ", "the trade of {} is ", "{} works as a ", "tell the work of {}: "),
-    "pet": ("which animal has {}? ", "the pet of {} is ", "{} owns a ", "tell the animal of {}: "),
+    "home": (
+        *("where does {} live? ", "the home of {} is ", "{} lives in "),
+        *("tell the town of {}: ", "in which town is {}? ", "to visit {} go to "),
+    ),
+    "trade": (
+        *("what does {} do? ", "the trade of {} is ", "{} works as a "),
+        *("tell the work of {}: ", "which trade has {}? ", "by day {} is a "),
+    ),
+    "pet": (
+        *("which animal has {}? ", "the pet of {} is ", "{} owns a "),
+        *("tell the animal of {}: ", "what pet keeps {}? ", "at home {} has a "),
+    ),
 }
 
 

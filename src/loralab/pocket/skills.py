@@ -50,9 +50,9 @@ def find(rng: random.Random, difficulty: int) -> Item:
     keys = rng.sample(ascii_lowercase, 1 + difficulty)
     values = rng.sample("0123456789", len(keys))
     key = rng.randrange(len(keys))
-    pairs = " ".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+    pairs = " ".join(k + v for k, v in zip(keys, values, strict=True))
     others = [*(v for v in values if v != values[key]), *"0123456789"]
-    return with_choices(rng, Item("find", f"find {pairs}: {keys[key]}=", values[key]), others)
+    return with_choices(rng, Item("find", f"find {pairs}: {keys[key]}", values[key]), others)
 
 
 def compare(rng: random.Random, difficulty: int) -> Item:

@@ -30,7 +30,7 @@ NAMES = ("source", *SOURCE, *TARGETS, PREFERENCES)
 
 TRAIN_ITEMS, SUITE_ITEMS = 20_000, 40
 PATIENCE = 300
-MIXTURE = {"story": 0.2, "count": 2, "find": 2, "add": 3, "subtract": 3, "shift": 2}
+MIXTURE = {"story": 0.2, "count": 2, "find": 2, "add": 2, "subtract": 2, "shift": 2, "recall": 2}
 """Weights of skills in the source text, 1 where none is named: stories are many times longer than answers, and what is
 harder to learn comes more often."""
 
