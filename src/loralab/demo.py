@@ -4,9 +4,7 @@ Everything is real training through the same calls that a person would use, on t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loralab.console import Board, console, table
 from loralab.lab.engines import train_all
@@ -15,66 +13,39 @@ from loralab.report.page import write
 from loralab.report.read import runs_below
 from loralab.report.tables import results
 from loralab.report.verdict import verdict
+from loralab.spec.recipes import read
 from loralab.spec.spec import RunSpec
 
-ARMS: dict[str, dict[str, Any]] = {
-    "full": {"name": "full"},
-    "lora-r1": {"name": "lora", "rank": 1},
-    "lora-r4": {"name": "lora", "rank": 4},
-    "lora-r16": {"name": "lora", "rank": 16},
-    "lora-plus-r4": {"name": "lora_plus", "rank": 4, "ratio": 4.0},
-    "cola-3x4": {"name": "cola", "rank": 4, "links": 3},
+RECIPE = "pocket-lora"
+ARMS: dict[str, list[str]] = {
+    "full": ["method.name=full"],
+    "lora-r1": ["method.rank=1"],
+    "lora-r4": ["method.rank=4"],
+    "lora-r16": ["method.rank=16"],
+    "lora-plus-r4": ["method.name=lora_plus", "method.rank=4", "method.ratio=4"],
+    "cola-3x4": ["method.name=cola", "method.rank=4", "method.links=3"],
 }
-RATES = {"full": 1e-3, "lora": 5e-3, "lora_plus": 2.5e-3, "cola": 5e-3}
-"""Learning rates by method, the same for both tasks; docs/LOG.md says how they were found."""
+"""What each way to teach changes in the recipe."""
+RATES = {"full": 1e-3, "lora": 3e-3, "lora-plus": 1.5e-3, "cola": 3e-3}
+"""Learning rates by the first part of an arm's name: `benchmarks/rates.py` finds them, docs/LOG.md says what it found."""
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """A new task: training rows, held-out rows, and the items that are graded."""
-
-    train: str
-    validation: str
-    graded: str
-
-
-TASKS = {
-    "calc": Lesson("pocket:calc?items=6000", "pocket:calc/validation?items=200", "pocket:calc"),
-    "cipher": Lesson(
-        "pocket:cipher?items=4000&difficulty=5",
-        "pocket:cipher/validation?items=200&difficulty=5",
-        "pocket:cipher?difficulty=5",
-    ),
+TASKS: dict[str, list[str]] = {
+    "calc": [],
+    "cipher": [
+        "data.train=pocket:cipher?items=4000&difficulty=5",
+        "data.validation=pocket:cipher/validation?items=200&difficulty=5",
+        "probes.target.0.path=pocket:cipher?difficulty=5",
+    ],
 }
+"""What each new task changes in the recipe."""
 STEPS = 200
 
 
 def spec(task: str, arm: str, *, steps: int = STEPS) -> RunSpec:
     """Give the spec of one run; all of a task read the same rows in the same order, so the same number of tokens."""
-    method, lesson = ARMS[arm], TASKS[task]
-    return RunSpec.model_validate(
-        {
-            "name": f"{task}-{arm}",
-            "model": {"path": "pocket", "device": "cpu"},
-            "data": {
-                "train": lesson.train,
-                "validation": lesson.validation,
-                "general": "pocket:source/validation?items=400",
-                "max_length": 256,
-            },
-            "method": method,
-            "optimizer": {"name": "adamw", "learning_rate": RATES[method["name"]]},
-            "schedule": {"name": "cosine", "warmup": 0.05},
-            "train": {"steps": steps, "batch_size": 4},
-            "probes": {
-                "every": 0.25,
-                "tokens": 8192,
-                "target": [{"path": lesson.graded, "items": 100}],
-                "source": [{"path": "pocket:source", "items": 20}],
-            },
-            "checkpoints": {"every": 0.5, "keep_last": 1, "keep_best": False},
-        }
-    )
+    method = arm.rpartition("-")[0] or arm
+    rate = f"optimizer.learning_rate={RATES[method]}"
+    return read(RECIPE, [f"name={task}-{arm}", *TASKS[task], *ARMS[arm], rate, f"train.steps={steps}"])
 
 
 def tell(out: Path, *, steps: int = STEPS, tasks: Sequence[str] = tuple(TASKS)) -> Path:

@@ -243,7 +243,7 @@ YOURS = ("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-f
 class TestShipped:
     def test_they_are_there_with_one_line_each(self):
         described = dict(recipes.shipped())
-        assert set(described) == {*YOURS, "pocket-base"}
+        assert set(described) == {*YOURS, "pocket-base", "pocket-lora"}
         for text in described.values():
             assert text.endswith(".") and not text.startswith("#")
 
@@ -257,7 +257,8 @@ class TestShipped:
             recipes.read(name)
         assert [problem.what for problem in caught.value.problems] == ["model.path is missing", "data.train is missing"]
 
-    def test_the_pocket_base_needs_nothing_given(self):
+    def test_those_of_the_pocket_world_need_nothing_given(self):
+        assert recipes.read("pocket-lora").method.name == "lora"
         spec = recipes.read("pocket-base")
         assert (spec.model.path, spec.model.random_init, spec.method.name) == ("pocket", True, "full")
 
