@@ -1,6 +1,6 @@
 """Find the learning rate at which each arm of the demo learns most: the sweep that P1 asks for before any comparison.
 
-    python benchmarks/rates.py [--steps 200] [--tasks calc cipher]
+    python benchmarks/rates.py [--steps 400] [--tasks calc cipher]
 
 Every arm runs at every rate of the grid on the demo's data for the demo's steps, a process per core; the best rate is the one
 with the lowest validation loss of the target. Prints a table and writes a line per run to benchmarks/results/rates-DATE.jsonl.

@@ -1,92 +1,88 @@
-"""Fine-tune one model with LoRA and look at all that came of it: a flat script to copy and change.
+"""Fine-tune a model with LoRA and look at all that came of it. Read it from top to bottom, copy it, change it.
 
-    python examples/finetune.py                                   # the pocket model learns worked arithmetic, on a CPU
-    python examples/finetune.py model.path=FOLDER data.train=FILE probes.target=TASKS.jsonl train.epochs=3
+    python examples/finetune.py                          # the pocket model learns worked arithmetic, on a CPU
+    python examples/finetune.py method.rank=2 seed=1     # any key of the recipe, as on the command line
 
-Every `key=value` changes the recipe, as on the command line: `loralab recipes show sft-lora --resolved` lists the keys.
+The recipe `pocket-lora` needs nothing but this package: a small base and endless rows come with it. For a model and rows of your
+own, take another recipe in step 1 and name them:
+
+    spec = loralab.recipe("sft-lora", ["model.path=FOLDER", "data.train=train.jsonl", "data.general=general.txt"])
 """
 
 import sys
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import loralab
 
-RECIPE = "sft-lora"
+# 1. A recipe, resolved into a spec: every value is checked, and a wrong one is an error that says what to do.
+#    `loralab recipes show pocket-lora --resolved` lists all keys with their values and meanings.
+spec = loralab.recipe("pocket-lora", sys.argv[1:])
+print(
+    f"{spec.method.name} on {spec.model.path}, learning rate {spec.optimizer.learning_rate:g}: runs/{spec.folder_name}"
+)
 
-# What this script teaches if nothing else is asked: the small base that comes with loralab learns arithmetic in words.
-# `probes.target` is what should be learned, `probes.source` what the base knows and should keep.
-DEFAULTS = [
-    "model.path=pocket",
-    "model.device=cpu",
-    "data.train=pocket:calc?items=4000",
-    "data.validation=pocket:calc/validation?items=200",
-    "data.general=pocket:source/validation?items=200",
-    "data.max_length=256",
-    "probes.target=pocket:calc",
-    "probes.source=pocket:source",
-    "probes.every=0.25",
-    "method.rank=8",
-    "optimizer.learning_rate=3e-3",
-    "train.epochs=null",
-    "train.steps=150",
-    "train.batch_size=4",
-]
+# 2. Before anything is trained: which layers move, how long it takes, what it costs, and what exactly the model will read.
+#    A loss is taken on the answer alone, and on the end token behind it, or the model would not learn to stop.
+found = loralab.check(spec, num_examples=1)
+print(f"{len(found.attachment.layers)} layers train, {found.attachment.share:.2%} of all numbers")
+print(f"{found.total_steps} steps, about {found.memory.total / 2**20:,.0f} MiB")
+print("one example; a loss is taken between « and »:")
+print("  " + "".join(f"«{text}»" if labelled else text for text, labelled in found.examples[0]))
 
+# 3. Train. The base stays as it is; what moves is the delta. The same call again resumes a run that was interrupted, and gives
+#    the result of a finished one.
+result = loralab.train(spec)
+print(f"\ntrained in {result.status['wall_s']:.0f} s")
 
-def main(overrides: list[str], runs: str = "runs") -> None:
-    # 1. The recipe, resolved: strict, frozen, hashed. A wrong key or value is an error that says what to do.
-    changed = {override.partition("=")[0] for override in overrides}
-    defaults = [default for default in DEFAULTS if default.partition("=")[0] not in changed]
-    spec = loralab.recipe(RECIPE, [*defaults, *overrides])
-    print(
-        f"run {spec.folder_name}: {spec.method.name} on {spec.model.path}, learning rate {spec.optimizer.learning_rate:g}"
-    )
+# 4. What was learned, what was forgotten. `target` is the new task, `source` the skills that the base had, `general` their text:
+#    accuracy is a share of graded items, loss is in nats per token. The interval is that of the change, paired by item.
+print(f"\n{'':<18}{'base':>8}{'after':>8}{'change':>8}   95 % interval           n")
+for name, base, _before, after, change, interval, n in result.rows():
+    if name.count("/") == 1:  # the scores of single skills have two slashes: see step 5
+        numbers = "".join(f"{'–' if value is None else format(value, '.3f'):>8}" for value in (base, after, change))
+        print(f"{name:<18}{numbers}   {interval:<24}{n}")
 
-    # 2. Before anything is trained: which layers move, what the model will see, where its loss is taken, what it costs.
-    found = loralab.check(spec, num_examples=1)
-    share = found.attachment
-    print(
-        f"{len(share.layers)} layers get a pair: {share.trained_parameters:,} numbers train, {share.share:.2%} of all"
-    )
-    print(f"{found.total_steps} steps; about {found.memory.total / 2**20:,.0f} MiB")
-    print("one example, the loss is taken between « and »:")
-    for text, labelled in found.examples[0]:
-        print(f"«{text}»" if labelled else text, end="")
-    print("\n")
+# 5. Forgetting is seldom even: the skills that lost most.
+changes = {
+    name.split("/")[1]: score.value
+    for name, score in result.after.items()
+    if name.startswith("source/") and name.endswith("/accuracy_change") and name.count("/") == 2
+}
+print("\nold skills, the worst first:")
+for skill in sorted(changes, key=changes.__getitem__)[:3]:
+    print(f"  {skill:<10} {changes[skill]:+.2f}")
 
-    # 3. Train. The same call again resumes an interrupted run, bit for bit on a CPU, or returns a finished one.
-    result = loralab.train(spec, runs)
+# 6. The same prompts before and after, as they stand in samples.jsonl.
+answers: dict[str, dict[str, str]] = {}
+for line in result.samples():
+    if line["role"] == "target":
+        answers.setdefault(line["prompt"], {"right": line["reference"]})[line["model"]] = line["output"]
+print("\nthe new task, before and after:")
+for prompt, answer in list(answers.items())[:2]:
+    print(f"  {prompt}\n    base:  {answer['base']}\n    tuned: {answer['tuned']}\n    right: {answer['right']}")
 
-    # 4. What was learned, what was forgotten: each number with n and a 95 % interval of its change, paired by item.
-    print(f"{'':<22}{'base':>9}{'after':>9}{'change':>9}  95 % interval")
-    for name, base, _before, after, change, interval, n in result.rows():
-        if name.count("/") == 1:  # single skills have two slashes
-            cells = [f"{value:9.4f}" if value is not None else f"{'–':>9}" for value in (base, after, change)]
-            print(f"{name:<22}{''.join(cells)}  {interval}  (n={n})")
+# 7. Inside the delta. Its singular values say over how many directions the change of a layer is spread: if nine tenths of its
+#    energy lie in fewer directions than the rank offers, a lower rank might do.
+spectra = result.spectra()
+print("\ndirections that hold 90 % of the change, median over layers, and the rank on offer:")
+print(spectra.groupby("module")[["rank90", "rank"]].median().astype(int).to_string())
 
-    # 5. Answers before and after, as they stand in the run's folder.
-    print("\nthe same prompts, before and after:")
-    answers: dict[str, dict[str, str]] = {}
-    for line in result.samples():
-        answers.setdefault(line["prompt"], {})[line["model"]] = line["output"]
-    for prompt, answer in list(answers.items())[:3]:
-        print(f"  {prompt!r}\n    base:  {answer.get('base')!r}\n    tuned: {answer.get('tuned')!r}")
+# 8. The delta is a stock PEFT folder (a whole checkpoint if method.name=full). Merged it is a plain model; how much the merge
+#    changed is measured, and one that changes too much is refused.
+merged = result.folder.delta
+if spec.method.name != "full":
+    merged = result.folder.path / "merged"
+    if not merged.exists():
+        proof = loralab.merge(spec.model.path, result.folder.path, merged)
+        print(f"\nmerged: {proof.kl_nats:.1e} nats between the predictions before and after")
 
-    # 6. Inside the delta: over how many directions is the change of each layer spread?
-    spectra = result.spectra()
-    print("\ndirections that hold 90 % of the change (median over layers), by kind of layer:")
-    print(spectra.groupby("module")["rank90"].median().to_string())
+# 9. From here on no loralab is needed: Transformers, vLLM and others load it.
+model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+prompt = next(iter(answers))
+asked = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+written = model.generate(**asked, max_new_tokens=96, do_sample=False)[0, asked["input_ids"].shape[1] :]
+print(f"\nthe merged model, by Transformers alone:\n  {prompt}{tokenizer.decode(written, skip_special_tokens=True)}")
 
-    # 7. The delta is a stock PEFT folder; merged, it is a plain Hugging Face model. The merge is proved, not assumed.
-    print(f"\ndelta:  {result.folder.delta}")
-    if spec.method.name != "full":
-        merged = result.folder.path / "merged"
-        if not merged.exists():
-            proof = loralab.merge(spec.model.path, result.folder.path, merged)
-            print(f"merged: {merged} (KL to the unmerged model {proof.kl_nats:.2g} nats)")
-
-    # 8. One page with all of it.
-    print(f"page:   {loralab.write_report(result.folder.path)}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+# 10. One page with all of it: curves with intervals, spectra, samples, cost, and how to repeat the run.
+print(f"\ndelta: {result.folder.delta}\nmodel: {merged}\npage:  {loralab.write_report(result.folder.path)}")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import TypeCheckError
 
+from report_world import make_run
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 FORBIDDEN = {"config", "configs", "args", "params", "utils", "util", "helper", "helpers", "manager", "handler"}
@@ -66,8 +68,9 @@ def test_the_search_for_forbidden_words_finds_them():
     assert not _words("ConfigurableTargets") & FORBIDDEN
 
 
-@pytest.mark.parametrize("words", [["--help"], ["runs"], ["recipes"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["runs"], ["recipes"], ["report", "."]], ids=" ".join)
 def test_reading_commands_answer_without_torch(tmp_path, words):
+    make_run(tmp_path, "lora-r4")
     command = [sys.executable, "-c", COMMAND, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1:] == ["code: 0 torch: False"], done.stderr

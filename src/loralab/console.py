@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -11,12 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from loralab.errors import FolderError
 from loralab.run.folder import RunFolder, read_lines
 
 PLAIN_LINES = 20
 """About how many progress lines a run prints where there is no terminal."""
 
 PLAIN_WIDTH = 160
+UNDER_WAY = ("waiting", "new", "running")
+BROKEN_OFF = ("interrupted", "diverged")
+"""A run found like this at the first look ended in an earlier call, and goes on in this one."""
 MERGE_MEANINGS = {
     "float32_error": "of the sum before rounding, as a share of the delta's norm (mean over layers)",
     "rounded_error": "share of the delta's norm that rounding to the dtype lost",
@@ -148,7 +153,7 @@ class Board:
 
     def __init__(self, names: Sequence[str], out: Console | None = None) -> None:
         self.out, self.names = out or console(), list(names)
-        self._said: set[str] = set()
+        self._said: dict[str, str] = {}
         self._live = Live(Text(""), console=self.out, refresh_per_second=2) if self.out.is_terminal else None
 
     def __enter__(self) -> "Board":
@@ -162,29 +167,42 @@ class Board:
 
     def look(self, folders: Sequence[RunFolder]) -> None:
         """Read the folders (in the order of the names) and show how far each run is."""
-        lines = [(name, *_progress(folder)) for name, folder in zip(self.names, folders, strict=True)]
+        found = [(name, *_progress(folder)) for name, folder in zip(self.names, folders, strict=True)]
         if self._live:
+            lines = [[escape(cell) for cell in (name, *cells)] for name, _, *cells in found]
             self._live.update(table(("run", "state", "step", "loss", "last probe"), lines))
             return
-        for name, state, step, loss, scores in lines:
-            if state not in ("waiting", "new", "running") and name not in self._said:
-                self._said.add(name)
-                self.out.print(f"{name}: {state}, step {step}, loss {loss}  {scores}")
+        for name, mark, state, step, loss, scores in found:
+            if name not in self._said:
+                self._said[name] = mark if state in BROKEN_OFF else ""
+            if state not in UNDER_WAY and self._said[name] != mark:
+                self._said[name] = mark
+                how_far = f", step {step}, loss {loss}  {scores}" if step else ""
+                self.out.print(f"{name}: {state}{how_far}", markup=False)
 
 
-def _progress(folder: RunFolder) -> tuple[str, str, str, str]:
-    """Give state, step, loss and last scores of a run as they stand on disk."""
-    if not folder.status.exists():
-        return "waiting", "", "", ""
-    status = folder.read_status()
-    steps = [line for line in read_lines(folder.metrics) if "loss" in line]
-    scores = read_lines(folder.scores)
-    last = {line["name"]: line["value"] for line in scores if line["step"] == scores[-1]["step"]}
-    shown_scores = {name: value for name, value in last.items() if name.endswith(("/accuracy", "/loss"))}
+def _progress(folder: RunFolder) -> tuple[str, str, str, str, str]:
+    """Give a mark of the status as written, state, step, loss and last scores of a run as they stand on disk."""
+    try:
+        if not folder.status.exists():
+            return "", "waiting", "", "", ""
+        status = folder.read_status()
+        steps, scores = _numbers(folder.metrics, "loss"), _numbers(folder.scores, "value")
+    except FolderError as error:  # its own run says more; those of the other runs go on
+        return error.what, "damaged", "", "", ""
+    state = str(status["state"])
+    mark = f"{state} {status.get('updated')}"
+    last = {str(line.get("name")): line["value"] for line in scores if line["step"] == scores[-1]["step"]}
+    said = _scores_text({name: value for name, value in last.items() if name.endswith(("/accuracy", "/loss"))})
     if not steps:
-        return status["state"], "", "", _scores_text(shown_scores)
-    step = f"{steps[-1]['step']}/{status.get('total_steps', '?')}"
-    return status["state"], step, f"{steps[-1]['loss']:.3f}", _scores_text(shown_scores)
+        return mark, state, "", "", said
+    return mark, state, f"{steps[-1]['step']}/{status.get('total_steps', '?')}", f"{steps[-1]['loss']:.3f}", said
+
+
+def _numbers(path: Path, key: str) -> list[dict[str, Any]]:
+    """Read the lines of a file that hold a number under a key, each of a step."""
+    lines = read_lines(path)
+    return [line for line in lines if isinstance(line.get(key), int | float) and isinstance(line.get("step"), int)]
 
 
 def display() -> LiveDisplay | PlainDisplay:

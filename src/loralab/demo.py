@@ -38,24 +38,38 @@ TASKS: dict[str, list[str]] = {
     ],
 }
 """What each new task changes in the recipe."""
-STEPS = 200
+STEPS = 400
 
 
-def spec(task: str, arm: str, *, steps: int = STEPS) -> RunSpec:
+def spec(task: str, arm: str, *, steps: int = STEPS, changes: Sequence[str] = ()) -> RunSpec:
     """Give the spec of one run; all of a task read the same rows in the same order, so the same number of tokens."""
     method = arm.rpartition("-")[0] or arm
     rate = f"optimizer.learning_rate={RATES[method]}"
-    return read(RECIPE, [f"name={task}-{arm}", *TASKS[task], *ARMS[arm], rate, f"train.steps={steps}"])
+    return read(RECIPE, [f"name={task}-{arm}", *TASKS[task], *ARMS[arm], rate, f"train.steps={steps}", *changes])
 
 
-def tell(out: Path, *, steps: int = STEPS, tasks: Sequence[str] = tuple(TASKS)) -> Path:
+def tell(
+    out: Path,
+    *,
+    steps: int = STEPS,
+    tasks: Sequence[str] = tuple(TASKS),
+    arms: Sequence[str] = tuple(ARMS),
+    changes: Sequence[str] = (),
+) -> Path:
     """Run the story in a folder and give the path of its page; what is finished there is not run again.
+
+    Args:
+        out: the folder.
+        steps: optimizer steps of each run.
+        tasks: of TASKS, what is taught.
+        arms: of ARMS, the ways to teach.
+        changes: overrides of the recipe that apply to all runs, for a smaller story.
 
     Raises:
         Interrupted: a stop was requested; the same command goes on.
     """
     say = console().print
-    specs = {f"{task} {arm}": spec(task, arm, steps=steps) for task in tasks for arm in ARMS}
+    specs = {f"{task} {arm}": spec(task, arm, steps=steps, changes=changes) for task in tasks for arm in arms}
     say(
         "One small base (0.96M parameters, ten skills) is taught two new tasks, each in six ways, with the same data and the\n"
         "same number of tokens: [bold]calc[/bold], worked arithmetic in words, and [bold]cipher[/bold], text in a foreign alphabet."

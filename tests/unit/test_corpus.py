@@ -111,6 +111,13 @@ def held_texts(corpus, share):
     return set(decoded(train)), set(decoded(held))
 
 
+def test_half_a_character_is_named_with_its_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}, {"prompt": "a\ud800", "completion": "b"}])
+    with pytest.raises(DataError, match="half a character") as caught:
+        corpus_of(path)
+    assert caught.value.where == f"{path}, row 2"
+
+
 def test_rows_are_held_out_by_content_not_by_place(tmp_path):
     contents = [f"row {i}" for i in range(400)]
     whole = corpus_of(texts(tmp_path / "a.jsonl", *contents))

@@ -104,6 +104,15 @@ def test_batches_hold_what_fits_and_answers_keep_their_order(monkeypatch):
     assert generate(model, [], limits=[], stops=STOPS) == []
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_long_prompt_is_not_led_beyond_the_positions_by_anothers_limit(family):
+    model = model_of(family)
+    asked, limits = [list(range(5, 65)), [7, 8, 9], list(range(5, 60))], [4, 30, 9]
+    assert room(model) == 64
+    found = generate(model, asked, limits=limits, stops=[])
+    assert found == [alone(model, prompt, limit, []) for prompt, limit in zip(asked, limits, strict=True)]
+
+
 def test_a_models_own_taste_in_sampling_counts_for_nothing():
     model, asked = model_of("llama"), prompts()
     plain = generate(model, asked, limits=[8] * 12, stops=STOPS)

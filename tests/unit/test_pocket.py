@@ -132,6 +132,16 @@ def test_no_test_item_is_in_a_training_stream(training_texts):
                 assert item.prompt + item.completion not in texts
 
 
+def test_no_worked_step_of_calc_is_an_item_of_another_test():
+    """With its result each step reads as an item of `add` or `subtract`, answer included."""
+    for difficulty in (1, 3, 5):
+        worked = " ".join(item.completion for item in drawn("calc", count=5000, difficulty=difficulty))
+        steps = set(re.findall(r"\d+[+-]\d+=", worked))
+        tested = {item.prompt for name in ("add", "subtract") for item in world.suite(f"pocket:{name}", items=300)}
+        assert len(steps) > 500 and len(tested) > 500
+        assert not steps & tested
+
+
 def test_no_cloze_text_begins_a_training_text(training_texts):
     """Prefixes of the foreign training texts, up to the longest cloze text."""
     _, texts = training_texts
@@ -207,6 +217,12 @@ def test_a_wrong_program_fails_and_never_hangs(program):
     with pytest.raises(MachineError):
         run(program, [10])
     assert not passes(program, (((10,), 11),))
+
+
+@pytest.mark.parametrize("nothing", ["", "  "])
+def test_no_program_is_wrong_even_where_nothing_is_to_be_done(nothing):
+    item = next(i for i in drawn("stack", count=20_000) if all(inputs == (result,) for inputs, result in i.tests))
+    assert grade(item, item.completion) and not grade(item, nothing)
 
 
 def test_the_foreign_text_is_foreign_in_letters_and_in_order():
@@ -285,6 +301,10 @@ def test_source_has_ten_graded_skills_and_stories_in_training():
         ("pocket:calc?difficulty=6", "difficulty=6"),
         ("pocket:calc?itms=6", "itms=6"),
         ("pocket:calc?seed=", "seed="),
+        ("pocket:calc?items=5&items=6", "items stands twice"),
+        ("pocket:calc?items=٣", "items=٣"),
+        (f"pocket:calc?items={'9' * 5000}", "is no setting"),
+        ("Pocket:calc?items=5", "write pocket:calc?items=5"),
     ],
 )
 def test_a_wrong_address_says_what_is_wrong(path, says):

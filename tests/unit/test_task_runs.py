@@ -86,6 +86,9 @@ BAD_ROWS = {
     "choices that are no texts": ({"prompt": "a", "completion": "b", "choices": [1, 2]}, "two or more"),
     "no right choice": ({"prompt": "a", "completion": "x", "choices": ["b", "c"]}, "which of its choices"),
     "a right choice that there is not": ({"prompt": "a", "choices": ["b", "c"], "right": 2}, "which of its choices"),
+    "the same choice twice": ({"prompt": "a", "choices": ["b", "c", "b"], "right": 0}, "stands twice"),
+    "two right choices": ({"prompt": "a", "completion": "b", "choices": ["b", "c"], "right": 1}, "another choice"),
+    "half a character": ({"prompt": "a\ud800", "completion": "b"}, "half a character"),
     "a right choice before the first": ({"prompt": "a", "choices": ["b", "c"], "right": -1}, "which of its choices"),
 }
 
@@ -97,6 +100,20 @@ def test_a_row_that_is_no_item_is_named(tmp_path, case):
     with pytest.raises(DataError, match=words) as caught:
         read_tasks([TaskSpec(path=str(file))])
     assert caught.value.where == f"{file}, row 1" and caught.value.fix
+
+
+def test_an_item_that_comes_again_counts_once(tmp_path):
+    twice = write_rows(tmp_path / "sums.jsonl", rows(3, seed=3) + rows(3, seed=3))
+    (task,) = read_tasks([TaskSpec(path=str(twice))])
+    assert len(task.items) == 3
+    both = read_tasks([TaskSpec(path=f"pocket:{name}", items=3) for name in ("source", "copy", "calc")])
+    assert [len(task.items) for task in both] == [30, 3]
+    assert read_tasks([TaskSpec(path="pocket:copy")] * 2) == read_tasks([TaskSpec(path="pocket:copy")])
+
+
+def test_cloze_items_are_asked_as_choices_only():
+    (task,) = read_tasks([TaskSpec(path="pocket:cipher", items=3)])
+    assert (task.ends, task.grade, len(task.items)) == (False, None, 3)
 
 
 def test_names_that_there_are_not_are_met_with_the_nearest():
@@ -113,6 +130,28 @@ def test_missing_tasks_are_reported_with_the_other_missing_files(world, tmp_path
         train(broken, tmp_path)
     assert all(word in str(caught.value) for word in ("no.jsonl", "pocket:stack", "tsks.jsonl"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_test_items_are_no_training_data(world, tmp_path, streaming):
+    length = {"data__streaming": True, "train__steps": 2} if streaming else {}
+    with pytest.raises(DataError, match="no training data") as caught:
+        train(spec(world, data__train=["pocket:copy", "pocket:copy/test?items=5"], **length), tmp_path)
+    assert "write pocket:copy?items=5" in str(caught.value)
+    written = spec(world, data__train="pocket:copy/validation?items=9", data__validation="pocket:copy/test?items=9")
+    assert check(written).total_steps == 6
+
+
+@pytest.mark.parametrize("path", ["pocket:copy?seed=1", "pocket:copy/train"])
+def test_training_rows_are_no_validation(world, tmp_path, path):
+    with pytest.raises(DataError, match="no validation") as caught:
+        train(spec(world, data__train="pocket:copy", data__validation=path), tmp_path)
+    assert "write pocket:copy/validation" in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_streams_of_the_pocket_world_are_read_as_they_come(world, tmp_path):
+    streamed = spec(world, data__train="pocket:copy?items=50", data__streaming=True, train__steps=3)
+    assert train(streamed, tmp_path).status["step"] == 3
 
 
 # What the folder holds
@@ -267,6 +306,13 @@ def test_a_run_does_not_go_on_with_other_items(world, tmp_path):
 
 
 # The spec
+
+
+@pytest.mark.parametrize("recipe", ["sft-lora", "sft-lora-plus", "sft-cola"])
+def test_random_weights_are_no_base_of_a_method_that_keeps_its_base(world, recipe):
+    with pytest.raises(SpecError, match="random weights") as caught:
+        read(recipe, overrides(world, **{"model.random_init": True}))
+    assert "method.name=full" in str(caught.value)
 
 
 def test_paths_stand_for_tasks(world):

@@ -312,6 +312,18 @@ def test_a_role_has_an_accuracy_and_where_there_are_choices_a_choice(tokenizer):
 # Samples
 
 
+def test_where_a_text_goes_on_only_choices_are_asked(tokenizer):
+    """An answer that stops is right for a task, but text in which the answer's word stands never teaches to stop there."""
+    head = LanguageHead(model_of(tokenizer))
+    item = Item("cloze", "ab", "c", ("c", "d"), 0)
+    (probe,) = probes_of("target", [Task([item], ends=False)], head, tokenizer)
+    assert probe.name == "target/choice"
+    both = list(probes_of("target", [Task([item], ends=False), Task([Item("plain", "ab", "c")])], head, tokenizer))
+    assert [[item.skill for item in probe.items] for probe in both] == [["plain"], ["cloze"]]
+    (sample,) = samples_of_tasks("target", [Task([item], ends=False)], head.model, tokenizer, 3)
+    assert sample.grade is None and sample.reference == "c"
+
+
 def test_samples_are_spread_over_the_skills_and_graded(tokenizer):
     model = model_of(tokenizer)
     items = [Item(skill, f"{skill}{i}", str(i)) for skill in "abc" for i in range(3)]

@@ -90,7 +90,7 @@ def load(
         _set_attention_dropout(settings, attention_dropout, path)
     tokenizer = _tokenizer(folder, trust_remote_code, need_tokenizer)
     if random_init:
-        model = _auto_class(settings).from_config(settings, dtype=kind, trust_remote_code=trust_remote_code).to(place)
+        model = _draw_model(folder, settings, kind, trust_remote_code).to(place)
         mark = fingerprint(sorted(model.state_dict().items()))
     else:
         mark = fingerprint(_stored(folder))
@@ -224,6 +224,17 @@ def _tokenizer(folder: Path, trust_remote_code: bool, needed: bool) -> PreTraine
 def _auto_class(settings: PreTrainedConfig) -> Any:
     masked = any(name.endswith("ForMaskedLM") for name in settings.architectures or ())
     return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def _draw_model(folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        return _auto_class(settings).from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError) as error:  # no such task for this family; sizes that do not go together
+        raise ModelError(
+            f"Transformers cannot make this model: {str(error).strip().splitlines()[0]}",
+            where=str(folder / "config.json"),
+            fix="use the config.json of a causal or masked language model",
+        ) from None
 
 
 def _read_model(

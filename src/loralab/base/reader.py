@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from loralab.base.chat import ChatTemplate, Document
 from loralab.base.forms import Chat, find_form, template_form
 from loralab.base.sources import Row, Source
-from loralab.base.text import Example, encode, prompted
+from loralab.base.text import Example, encode, prompted, refuse_half_characters
 from loralab.errors import DataError
 
 Overlong = Literal["auto", "split", "drop", "truncate"]
@@ -102,6 +102,8 @@ class Reader:
             self.report.rows += 1
             where = f"{self.source.path}, row {self.report.rows}"
             written = self._write(row, where)
+            for document in written:
+                refuse_half_characters(document.text, where)
             self.report.empty += not written
             documents += written
             keys += [row_key(row, self.form.columns)] * len(written)

@@ -4,6 +4,7 @@ Prompt and completion are tokenised together, as the model will read them; chara
 learned. A token that straddles the boundary counts as completion.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from loralab.errors import DataError
 
 LONGEST = 1 << 20
 """Characters tokenised at once: with offsets, a tokenizer takes about a hundred bytes for each."""
+
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class Example:
@@ -50,6 +54,13 @@ class Example:
     def num_labelled(self) -> int:
         """Number of tokens that have a loss."""
         return int(self.labelled.sum())
+
+
+def refuse_half_characters(text: str, where: str) -> None:
+    """Raise DataError if a text holds half of a surrogate pair, as broken JSON does: no tokenizer reads it."""
+    if HALF_CHARACTER.search(text):
+        fix = "write the file again, as UTF-8, or remove such rows"
+        raise DataError("the row holds half a character", where=where, fix=fix)
 
 
 def prompted(prompt: str, completion: str) -> Document:

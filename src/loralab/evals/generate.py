@@ -41,15 +41,20 @@ def generate(
     """
     answers: list[list[int]] = [[]] * len(prompts)
     with measuring(model), _no_taste_of_its_own(model):
-        for group in _groups(prompts, limits, together):
+        for group in _groups(prompts, limits, together, room(model)):
             found = _continue(model, [prompts[i] for i in group], max(limits[i] for i in group), stops)
             for i, answer in zip(group, found, strict=True):
                 answers[i] = _cut(answer[: limits[i]], stops)
     return answers
 
 
-def _groups(prompts: Sequence[Sequence[int]], limits: Sequence[int], together: bool) -> Iterator[list[int]]:
-    """Group prompts of about the same limit and length, up to `CACHED_TOKENS`; of the same length if they must."""
+def _groups(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], together: bool, positions: float = inf
+) -> Iterator[list[int]]:
+    """Group prompts of about the same limit and length, up to `CACHED_TOKENS`; of the same length if they must.
+
+    All of a group are continued as far as the one of the largest limit: that must not lead any beyond the model's positions.
+    """
     group: list[int] = []
     longest = most = 0
     sizes = [
@@ -59,7 +64,7 @@ def _groups(prompts: Sequence[Sequence[int]], limits: Sequence[int], together: b
     for i in sorted(range(len(prompts)), key=sizes.__getitem__):
         apart = not together and len(prompts[i]) != longest
         longest, most = max(longest, len(prompts[i])), max(most, limits[i])
-        if group and (apart or (longest + most) * (len(group) + 1) > CACHED_TOKENS):
+        if group and (apart or longest + most > positions or (longest + most) * (len(group) + 1) > CACHED_TOKENS):
             yield group
             group, longest, most = [], len(prompts[i]), limits[i]
         group.append(i)

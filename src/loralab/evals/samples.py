@@ -83,7 +83,7 @@ def samples_of_tasks(
     in_turn = (pair for pair in chain.from_iterable(zip_longest(*skills.values())) if pair is not None)
     for item, task in islice(in_turn, count):
         (example,) = encode([prompted(item.prompt, item.completion)], tokenizer)
-        grade = partial(task.grade or _is_the_text, item)
+        grade = partial(task.grade or _is_the_text, item) if task.ends else None
         prompt = prompt_of(example, item.prompt, model)
         yield Sample(role, item.skill, prompt, item.prompt, item.completion, grade)
 

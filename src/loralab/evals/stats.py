@@ -12,6 +12,7 @@ from numpy import ndarray
 Z95 = 1.959964
 
 BOUNDS = {
+    "loss": (0.0, math.inf),
     "kl": (0.0, math.inf),
     "top1_flips": (0.0, 1.0),
     "accuracy": (0.0, 1.0),

@@ -61,10 +61,13 @@ class Task:
     Attributes:
         items: with a completion each, and choices where they have any.
         grade: tells of an item and an answer whether it is right; None where only the very text of the completion is.
+        ends: an answer ends behind its completion. Where a text would go on (a cloze), no answer that stops there is
+            learned from it: such items have no accuracy, only choices.
     """
 
     items: Sequence[Any]
     grade: Callable[[Any, str], bool] | None = None
+    ends: bool = True
 
 
 class _ItemProbe:
@@ -229,7 +232,7 @@ def probes_of(
     role: str, tasks: Sequence[Task], head: LanguageHead, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[AccuracyProbe | ChoiceProbe]:
     """Make the probes of a role, `target` or `source`: accuracy, and choice if some items have choices."""
-    if tasks:
-        yield AccuracyProbe(f"{role}/accuracy", tasks, head, tokenizer)
+    if answered := [task for task in tasks if task.ends]:
+        yield AccuracyProbe(f"{role}/accuracy", answered, head, tokenizer)
     if any(item.choices for task in tasks for item in task.items):
         yield ChoiceProbe(f"{role}/choice", tasks, head, tokenizer)

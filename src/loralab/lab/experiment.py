@@ -102,10 +102,9 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
-    write_items(folder, watch.base_readings, watch.final_readings())
     save_delta(folder, prepared)
-    if left_out := write_spectra(folder, prepared, loop.step):
-        display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
+    write_items(folder, watch.base_readings, watch.final_readings())
+    _describe_delta(folder, prepared, watch, loop.step)
     folder.write_status(
         state="done",
         step=loop.step,
@@ -116,6 +115,20 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         end="all steps done" if loop.step == prepared.total_steps else "the chain ended early",
     )
     return result_of(folder)
+
+
+def _describe_delta(folder: RunFolder, prepared: Prepared, watch: RunWatch, step: int) -> None:
+    """Write the spectra; a run whose delta cannot be looked into is done all the same."""
+    try:
+        left_out = write_spectra(folder, prepared, step)
+    except Interrupted:  # the disk is full: with more room the same command writes them
+        raise
+    except Exception as error:  # of any type: memory, a decomposition that fails, a tuner of the peft library
+        reason = error.what if isinstance(error, LoralabError) else f"{type(error).__name__}: {error}"
+        watch.on_warning(f"the spectra of the delta could not be written: {reason}", step)
+        return
+    if left_out:
+        watch.display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
 
 
 def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -> Loop:

@@ -17,7 +17,7 @@ from loralab.base.packing import pack
 from loralab.base.sources import Source, Template, local_files
 from loralab.base.stream import StreamingFeed, tokenise_head
 from loralab.base.text import Example
-from loralab.errors import LoralabError, ModelError, SpecError
+from loralab.errors import DataError, LoralabError, ModelError, SpecError
 from loralab.evals.drift import TextProbe
 from loralab.evals.probe import Probe, side_by_side
 from loralab.evals.samples import Samples, samples_of_tasks, samples_of_texts
@@ -25,6 +25,7 @@ from loralab.evals.tasks import Task, probes_of
 from loralab.lab.tasks import fingerprint, look_for, read_tasks
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
+from loralab.pocket import world
 from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
 from loralab.spec.training import InverseSqrtSpec
 from loralab.training.loss import LanguageHead
@@ -95,7 +96,10 @@ def prepare(spec: RunSpec) -> Prepared:
 
 
 def _refuse_missing_files(spec: RunSpec) -> None:
-    """Look for the base and every local file before anything is loaded, and report all that are missing."""
+    """Look for the base and every local file before anything is loaded, and report all that are missing.
+
+    Of the pocket world, test items are no training data, and training rows no validation.
+    """
     problems: list[LoralabError] = []
     try:
         if not Path(spec.model.path).exists():
@@ -111,6 +115,8 @@ def _refuse_missing_files(spec: RunSpec) -> None:
         for source in _sources(sources, "auto", None):
             try:
                 local_files(source)
+                if sources is not spec.data.general:
+                    _refuse_split(source.path, is_training=sources is spec.data.train)
             except LoralabError as error:
                 problems.append(error)
     for task in (*spec.probes.target, *spec.probes.source):
@@ -122,6 +128,18 @@ def _refuse_missing_files(spec: RunSpec) -> None:
         raise problems[0]
     if problems:
         raise SpecError(problems)
+
+
+def _refuse_split(path: str, *, is_training: bool) -> None:
+    if not world.is_address(path):
+        return
+    split = world.parse(path).split or "train"
+    if is_training and split == "test":
+        fix = f"write {path.replace('/test', '', 1)}: without a split, rows are of `train`"
+        raise DataError("test items are no training data", where=path, fix=fix)
+    if not is_training and split == "train":
+        fix = f"write {world.SCHEME}:{world.parse(path).name}/validation"
+        raise DataError("training rows are no validation: without a split, rows are of `train`", where=path, fix=fix)
 
 
 def load_base(spec: RunSpec) -> Base:

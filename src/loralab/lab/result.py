@@ -12,7 +12,7 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 
 from loralab.delta.store import save_lowrank
-from loralab.errors import Interrupted
+from loralab.errors import FolderError, Interrupted
 from loralab.evals.probe import Reading
 from loralab.evals.stats import Score
 from loralab.lab.prepare import Prepared
@@ -72,7 +72,14 @@ class Result:
         return read_lines(self.folder.samples)
 
     def spectra(self) -> pd.DataFrame:
-        """Give the spectrum of the delta, a row per matrix; see `loralab.spectral.spectrum.table` for its columns."""
+        """Give the spectrum of the delta, a row per matrix; see `loralab.spectral.spectrum.table` for its columns.
+
+        Raises:
+            FolderError: the run has none; a warning in metrics.jsonl says why.
+        """
+        if not self.folder.spectra.is_file():
+            fix = "look for a warning in metrics.jsonl"
+            raise FolderError("this run has no spectra of its delta", where=str(self.folder.spectra), fix=fix)
         return pd.read_parquet(self.folder.spectra)
 
     def summary(self) -> dict[str, Any]:

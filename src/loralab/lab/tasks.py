@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loralab.base.sources import Row, Source, local_files, read_rows
+from loralab.base.text import refuse_half_characters
 from loralab.errors import DataError
 from loralab.evals.tasks import Task
 from loralab.pocket import world
@@ -13,8 +15,8 @@ from loralab.pocket.grading import grade
 from loralab.pocket.items import Item
 from loralab.spec.spec import TaskSpec
 
-ONE_TEXT = {*world.GRADED, "cipher"}
-"""Skills of the pocket world of which only one text is a right answer, so that nothing has to be written to grade them."""
+CLOZE = {"cipher"}
+"""Skills of the pocket world that ask for the next word of a text that goes on."""
 
 
 def look_for(task: TaskSpec) -> None:
@@ -26,21 +28,30 @@ def look_for(task: TaskSpec) -> None:
 
 
 def read_tasks(tasks: Sequence[TaskSpec]) -> list[Task]:
-    """Read the items of tasks.
+    """Read the items of tasks. An item that comes again, in another task of the list too, counts once.
 
     Raises:
         DataError: a task cannot be read, or one of its rows is no item.
     """
-    return [part for task in tasks for part in _read(task)]
+    seen: set[Item] = set()
+    found = []
+    for part in (part for task in tasks for part in _read(task)):
+        items = [item for item in dict.fromkeys(part.items) if item not in seen]
+        seen.update(items)
+        if items:
+            found.append(replace(part, items=items))
+    return found
 
 
 def _read(task: TaskSpec) -> list[Task]:
     if not world.is_address(task.path):
         return [Task(_first(_read_rows(task.path), task.items))]
     items = world.suite(task.path, task.items)
-    known = [item for item in items if item.skill in ONE_TEXT]
-    written = [item for item in items if item.skill not in ONE_TEXT]
-    return [Task(part, grader) for part, grader in ((known, None), (written, grade)) if part]
+    # Of the source skills only one text is a right answer, so that nothing has to be written to grade them.
+    known = [item for item in items if item.skill in world.GRADED]
+    clozes = [item for item in items if item.skill in CLOZE]
+    written = [item for item in items if item.skill not in {*world.GRADED, *CLOZE}]
+    return [task for task in (Task(known), Task(clozes, ends=False), Task(written, grade)) if task.items]
 
 
 def _first(items: list[Item], most: int | None) -> list[Item]:
@@ -61,6 +72,10 @@ def _item(row: Row, where: str, skill: str) -> Item:
     prompt, completion, choices = _text(row, "prompt", where), row.get("completion"), row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or len(choices) == 1:
         raise DataError("`choices` is no list of two or more texts", where=where, fix='write ["one", "another"]')
+    if len(set(choices)) < len(choices):
+        raise DataError(
+            "a choice stands twice, so none of the two can be the likeliest", where=where, fix="keep one of them"
+        )
     right: Any = row.get("right")
     if right is None and completion in choices:
         right = choices.index(completion)
@@ -69,6 +84,9 @@ def _item(row: Row, where: str, skill: str) -> Item:
         raise DataError("the row does not say which of its choices is right", where=where, fix=fix)
     if completion is None and choices:
         completion = choices[right]
+    if completion in choices and completion != choices[right]:
+        fix = f"`right` of this `completion` is {choices.index(completion)}, counted from 0"
+        raise DataError("`completion` is another choice than the `right` one", where=where, fix=fix)
     return Item(
         skill=str(row.get("skill") or skill).replace("/", "-"),  # slashes divide the names of scores
         prompt=prompt,
@@ -84,6 +102,7 @@ def _text(row: Row, column: str, where: str) -> str:
         found = "missing" if value is None else "empty" if value == "" else "no text"
         fix = 'write {"prompt": "2+3=", "completion": "5"}'
         raise DataError(f"the row's `{column}` is {found}", where=where, fix=fix)
+    refuse_half_characters(value, where)
     return value
 
 

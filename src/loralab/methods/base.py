@@ -65,6 +65,15 @@ class Knot:
     ends: bool = False
 
 
+Wanted = Callable[[str, int], bool]
+"""Asked with the name of a layer and the number of elements of its dense change, whether it is to be formed."""
+
+
+def all_wanted(_name: str, _size: int) -> bool:
+    """Want every layer."""
+    return True
+
+
 class Method(Protocol):
     """How the weights may move."""
 
@@ -84,8 +93,14 @@ class Method(Protocol):
         """Tie a knot if one is due after `progress.step` finished steps."""
         ...
 
-    def delta(self) -> Delta:
-        """Give everything that changed, for spectra, repair and export."""
+    def delta(self, wanted: Wanted = all_wanted) -> Delta:
+        """Give everything that changed, for spectra, repair and export.
+
+        Dense changes, as large as the weights themselves, are formed where they are `wanted`; pairs are always given.
+
+        Raises:
+            DeltaError: the weights cannot show their change.
+        """
         ...
 
     def links(self) -> list[Delta]:

@@ -17,7 +17,7 @@ from loralab.base.model import Base
 from loralab.base.targets import linears, match_parameters
 from loralab.delta.lowrank import Delta
 from loralab.delta.store import difference
-from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
+from loralab.methods.base import Attachment, OneStage, ParamGroup, Wanted, all_wanted, count, count_all, split_vectors
 
 
 class Full(OneStage):
@@ -45,10 +45,15 @@ class Full(OneStage):
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self.parameters, learning_rate, weight_decay)
 
-    def delta(self) -> Delta:
+    def delta(self, wanted: Wanted = all_wanted) -> Delta:
         """Give the dense difference of every linear layer, and other parameters as they are now."""
         layers = {name: type(layer).__name__ == "Conv1D" for name, layer in linears(self._base.model).items()}
-        return difference(self.parameters, self._before, layers, self._base.fingerprint)
+        moved = dict(self.parameters)
+        for name in layers:
+            weight = moved.get(f"{name}.weight")
+            if weight is not None and not wanted(name, weight.numel()):
+                del moved[f"{name}.weight"]
+        return difference(moved, self._before, layers, self._base.fingerprint)
 
     @contextmanager
     def without(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from loralab.delta.linear import LowRankEmbedding, LowRankModule, Pair
 from loralab.delta.lowrank import Delta, LayerDelta, rank_sum
 from loralab.delta.store import save_lowrank
 from loralab.errors import TargetError
-from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
+from loralab.methods.base import Attachment, OneStage, ParamGroup, Wanted, all_wanted, count, count_all, split_vectors
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 FIRST = "link-1"
@@ -125,7 +125,7 @@ class Lora(OneStage):
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self._trainable(), learning_rate, weight_decay)
 
-    def delta(self) -> Delta:
+    def delta(self, wanted: Wanted = all_wanted) -> Delta:
         """Give the sum of all links as one pair per layer."""
         layers: dict[str, LayerDelta] = {
             path: rank_sum([layer.pair(name).layer_delta() for name in self.pair_names])

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.base.model import Base
 from loralab.delta.lowrank import Delta, Dense, LayerDelta
-from loralab.errors import LoralabError, SpecError, TargetError, did_you_mean
-from loralab.methods.base import Attachment, OneStage, ParamGroup, count, count_all, split_vectors
+from loralab.errors import DeltaError, LoralabError, SpecError, TargetError, did_you_mean
+from loralab.methods.base import Attachment, OneStage, ParamGroup, Wanted, all_wanted, count, count_all, split_vectors
 
 ADAPTER = "default"
 VARIANTS = {
@@ -131,13 +131,24 @@ class Peft(OneStage):
     def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
         return split_vectors(self.parameters, learning_rate, weight_decay)
 
-    def delta(self) -> Delta:
-        """Merge each layer for a moment and give its dense difference from the base; what trains whole is added."""
+    def delta(self, wanted: Wanted = all_wanted) -> Delta:
+        """Merge each layer for a moment and give its dense difference from the base; what trains whole is added.
+
+        Raises:
+            DeltaError: the base is quantised, so merging would round it anew.
+        """
         layers: dict[str, LayerDelta] = {}
         embeddings = set()
         for name, layer in self._layers.items():
             inner = layer.get_base_layer()
             weight = inner.weight
+            if not weight.is_floating_point():
+                fix = "measure it with method lora, whose pairs stay apart from the base"
+                raise DeltaError(
+                    "a change of quantised weights by the peft library cannot be seen", where=name, fix=fix
+                )
+            if not wanted(name, weight.numel()):
+                continue
             held = weight.detach().clone()
             before = self._before.get(f"{name}.weight", held).to(held.device)
             layer.merge(adapter_names=[ADAPTER])

@@ -48,11 +48,11 @@ def run(program: str, inputs: Sequence[int]) -> int:
     """Run a program on a stack that holds the inputs and give the one value that it leaves.
 
     Raises:
-        MachineError: an unknown word, too little on the stack, more or less than one value left, too long, too large.
+        MachineError: no word, an unknown one, too little on the stack, more or less than one value left, too long, too large.
     """
     words, stack = program.split(), list(inputs)
-    if len(words) > MOST_WORDS:
-        raise MachineError("too long")
+    if not 0 < len(words) <= MOST_WORDS:  # "add 3, take 3" asks for nothing, but saying nothing is no answer
+        raise MachineError("too long" if words else "empty")
     for word in words:
         _do(word, stack)
         if stack and abs(stack[-1]) >= 10**MOST_DIGITS:

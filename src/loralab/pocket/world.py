@@ -47,16 +47,19 @@ class Address:
 
 
 def is_address(path: str) -> bool:
-    """Tell whether a path names data of the pocket world."""
-    return path.startswith(f"{SCHEME}:")
+    """Tell whether a path names data of the pocket world, or means to: `parse` refuses other spellings of the scheme."""
+    return path.lower().startswith(f"{SCHEME}:")
 
 
 def parse(path: str) -> Address:
     """Read an address.
 
     Raises:
-        DataError: an unknown name or setting, or a number out of range.
+        DataError: an unknown name or setting, one that stands twice, or a number out of range.
     """
+    if not path.startswith(f"{SCHEME}:"):
+        fix = f"write {SCHEME}:{path.partition(':')[2]}"
+        raise DataError("addresses of the pocket world are written in small letters", where=path, fix=fix)
     place, _, query = path.removeprefix(f"{SCHEME}:").partition("?")
     name, _, split = place.partition("/")
     if split and split not in SPLITS:
@@ -68,9 +71,12 @@ def parse(path: str) -> Address:
     numbers: dict[str, int] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         least, most = {"items": (1, 10**7), "difficulty": (1, 5), "seed": (0, 10**9)}.get(key, (1, 0))
-        if not (value.isdecimal() and least <= int(value) <= most):
+        is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(most))
+        if not (is_number and least <= int(value) <= most):
             fix = "write pocket:NAME?items=5000&difficulty=3&seed=0, difficulty from 1 to 5"
             raise DataError(f"{key}={value} is no setting of the pocket world", where=path, fix=fix)
+        if key in numbers:
+            raise DataError(f"{key} stands twice", where=path, fix="keep one of them")
         numbers[key] = int(value)
     return Address(name, split or None, **numbers)
 

@@ -25,7 +25,10 @@ class ModelSpec(Strict):
     """The base: a folder or hub id with everything needed to load it the same way again."""
 
     path: str
-    """A folder with a Hugging Face model, or a hub id."""
+    """A folder with a Hugging Face model, a hub id, or `pocket`: the small base that comes with the package.
+
+    A folder of your own by that name is `./pocket`.
+    """
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -115,7 +118,10 @@ class TaskSpec(Strict):
     """Items with right answers: their share says what was learned or forgotten."""
 
     path: str
-    """`pocket:NAME` (`calc`, `source`, a skill …), or a file of rows {prompt, completion[, choices, right, skill]}."""
+    """`pocket:NAME` (`calc`, `source`, a skill …), or a file of rows {prompt, completion[, choices, right, skill]}.
+
+    The prompt as the model is to read it: no form, template or chat template is put around it.
+    """
     items: Count | None = None
     """Most items of each skill; None takes 40 of the pocket world, all of a file."""
 
@@ -206,6 +212,15 @@ class RunSpec(Strict):
         if isinstance(ranks, list) and ranks:
             return ranks[0]
         return method.get("rank", LoraSpec.model_fields["rank"].default)
+
+    @model_validator(mode="after")
+    def _random_weights_all_move(self) -> "RunSpec":
+        if self.model.random_init and self.method.name != "full":
+            fix = "set method.name=full, or drop model.random_init"
+            raise contradiction(
+                "model.random_init", f"method {self.method.name} keeps its base, and random weights know nothing", fix
+            )
+        return self
 
     @model_validator(mode="after")
     def _branches_warm_up_in_steps(self) -> "RunSpec":
