@@ -13,13 +13,13 @@ from pathlib import Path
 
 from loralab.console import console, table
 from loralab.demo import ARMS, STEPS, TASKS, spec
-from loralab.errors import LoralabError
+from loralab.errors import Diverged
 from loralab.lab.engines import train_all
 from loralab.lab.index import index
 from loralab.run.folder import environment, write_atomic
 from loralab.spec.spec import RunSpec
 
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-3, 3e-3, 1e-2)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     # Too high a rate diverges, which is an answer too: the other runs go on.
     try:
         train_all([s for *_, s in specs], asked.runs)
-    except LoralabError as error:
+    except Diverged as error:
         print(error)
     found = index(asked.runs).set_index("folder")
     lines = []

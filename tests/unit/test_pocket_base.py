@@ -7,10 +7,12 @@ import pytest
 
 from loralab.base.hub import find
 from loralab.base.model import load
+from loralab.errors import FolderError
 from loralab.evals.tasks import AccuracyProbe, ChoiceProbe
 from loralab.lab.tasks import read_tasks
 from loralab.pocket import BASE, world
 from loralab.pocket.blank import write_blank
+from loralab.pocket.shipping import ship
 from loralab.spec import recipes
 from loralab.spec.spec import TaskSpec
 from loralab.training.loss import LanguageHead
@@ -53,12 +55,28 @@ def test_it_knows_nothing_of_the_targets(base):
     assert probe.chance == 0.25 and low <= 0.35, (low, high)
 
 
-def test_its_log_shows_the_curve_and_belongs_to_the_recipe():
-    log = json.loads((BASE / "training.json").read_text(encoding="utf-8"))
-    losses = [line["loss"] for line in log["curve"]]
+def test_its_log_shows_the_curve_and_belongs_to_the_recipes(tmp_path):
+    first, more = json.loads((BASE / "training.json").read_text(encoding="utf-8"))
+    for stage, recipe in ((first, "pocket-base"), (more, "pocket-base-more")):
+        spec = tmp_path / f"{recipe}.yaml"
+        spec.write_text(stage["spec"], encoding="utf-8")
+        made = recipes.read(spec)
+        given = [f"model.path={made.model.path}"] if recipe == "pocket-base-more" else []
+        assert recipes.read(recipe, given) == made
+        assert stage["curve"][-1]["step"] == stage["total_steps"]
+    losses = [line["loss"] for line in first["curve"]]
     assert len(losses) >= 50 and losses[-1] < losses[0] / 5
-    assert log["curve"][-1]["step"] == log["total_steps"]
-    assert recipes.read("pocket-base") == recipes.read(BASE / "spec.yaml", ["name=pocket-base"])
+    assert first["curve"][-1]["validation_loss"] > more["curve"][-1]["validation_loss"]
+
+
+def test_only_a_finished_run_is_shipped(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "environment.json").write_text("{}")
+    (run / "status.json").write_text(json.dumps({"state": "interrupted"}))
+    with pytest.raises(FolderError, match="not finished"):
+        ship([run], tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 def test_its_shape_and_tokenizer_are_those_of_a_blank_one(tmp_path):

@@ -243,7 +243,7 @@ YOURS = ("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-f
 class TestShipped:
     def test_they_are_there_with_one_line_each(self):
         described = dict(recipes.shipped())
-        assert set(described) == {*YOURS, "pocket-base", "pocket-lora"}
+        assert set(described) == {*YOURS, "pocket-base", "pocket-base-more", "pocket-lora"}
         for text in described.values():
             assert text.endswith(".") and not text.startswith("#")
 
@@ -257,14 +257,17 @@ class TestShipped:
             recipes.read(name)
         assert [problem.what for problem in caught.value.problems] == ["model.path is missing", "data.train is missing"]
 
-    def test_those_of_the_pocket_world_need_nothing_given(self):
+    def test_those_of_the_pocket_world_bring_their_data(self):
         assert recipes.read("pocket-lora").method.name == "lora"
+        assert recipes.read("pocket-base-more", ["model.path=RUN"]).model.random_init is False
         spec = recipes.read("pocket-base")
         assert (spec.model.path, spec.model.random_init, spec.method.name) == ("pocket", True, "full")
 
     @pytest.mark.parametrize("name", [name for name, _ in recipes.shipped()])
     def test_it_repeats_no_default(self, write, name):
-        given = ["model.path=FOLDER", "data.train=FILE"] if name in YOURS else []
+        given = {"pocket-base": [], "pocket-lora": [], "pocket-base-more": ["model.path=FOLDER"]}.get(
+            name, ["model.path=FOLDER", "data.train=FILE"]
+        )
         written = YAML(typ="safe", pure=True).load(recipes.find(name))
         for section, keys in written.items():
             for key in keys:
