@@ -15,18 +15,17 @@ import loralab
 
 RUNS = "runs/compare"
 
-# The ways to compare, as changes of the recipe. Learning rates decide more than methods do, so each way needs one that was
-# searched for it: these were found by benchmarks/rates.py.
+# The ways to compare, as changes of the recipe. Learning rates decide more than methods do: for a claim, search the best one
+# for each way, as benchmarks/rates.py does. Here all take the recipe's.
 WAYS = {
-    "full": ["method.name=full", "optimizer.learning_rate=1e-3"],
-    "lora-r1": ["method.rank=1", "optimizer.learning_rate=3e-3"],
-    "lora-r16": ["method.rank=16", "optimizer.learning_rate=3e-3"],
+    "full": ["method.name=full"],
+    "lora-r1": ["method.rank=1"],
+    "lora-r16": ["method.rank=16"],
 }
 SEEDS = [0, 1]  # one seed ranks nothing; for a claim take five or more
 
-if (
-    __name__ == "__main__"
-):  # train_all begins processes, and each of them reads this file: what is to run once stands below
+# `train_all` begins processes, and each of them reads this file: what is to run once stands below this line.
+if __name__ == "__main__":
     # 1. One spec per way and seed.
     specs = {
         (way, seed): loralab.recipe("pocket-lora", [f"name={way}", f"seed={seed}", *changes, *sys.argv[1:]])
