@@ -74,15 +74,16 @@ def tell(
     page = write(out)
     for comparison in compare(runs_below(out)):
         say(f"\n[bold]{comparison.name}[/bold]")
-        for view in comparison.views:
-            columns, rows = results(comparison, view, everything=view is comparison.views[0])
+        for view in comparison.views[:1]:  # the others are on the page
+            columns, rows = results(comparison, view, everything=True)
             heads = ["", *(column.head for column in columns)]
             say(table(heads, [(comparison.label(run), *(cell.text for cell in cells)) for run, cells in rows]))
         said = verdict(comparison)
         say(f"{said.learned} {said.forgot} {said.limit}")
     say(f"\nThe page: {page}", soft_wrap=True)
     say(
-        "Next: loralab train sft-lora model.path=pocket data.train=pocket:stack probes.target=pocket:stack",
+        "Next: loralab train pocket-lora data.train=pocket:stack data.validation=pocket:stack/validation "
+        "probes.target=pocket:stack",
         soft_wrap=True,
     )
     return page

@@ -51,18 +51,24 @@ def plane(comparison: Comparison, view: View, name: str) -> Drawn | None:
         return None
     same = learning.way == forgetting.way
     title = f"By {learning.way}" if same else f"New task by {learning.way}, old skills by {forgetting.way}"
+    # Where every run learned much, the way from the base would leave no room to tell them apart.
+    gains = [learned.value for _, _, learned in found]
+    with_base = min(gains) <= max(gains) / 2
+    title += "" if with_base else " (the base is far below, at 0)"
     with canvas(name, f"Learning against forgetting on {comparison.name}. {title}", 520, 420) as made:
         axes = made.axes(left=66, bottom=54)
-        _frame_plane(axes, found)
+        _frame_plane(axes, found, with_base)
         points = [(lost.value, learned.value) for _, lost, learned in found]
-        _draw_frontier(axes, [(0.0, 0.0), *points])
-        axes.plot([0], [0], "o", ms=8, mfc=PAPER, mec=BASE_COLOUR, mew=2)
+        origin = [(0.0, 0.0)] if with_base else []
+        _draw_frontier(axes, [*origin, *points])
+        for x, y in origin:
+            axes.plot([x], [y], "o", ms=8, mfc=PAPER, mec=BASE_COLOUR, mew=2)
         arms: list[Box] = []
         for run, lost, learned in found:
             arms += _draw_run(made, axes, run, lost, learned, f"{comparison.label(run)}: {_both(learned, lost)}")
-        labels = ["base", *(comparison.label(run) for run, _, _ in found)]
-        texts = place_labels(axes, [(0.0, 0.0), *points], labels, arms)
-        for run, text in zip([item[0] for item in found], texts[1:], strict=True):
+        labels = [*("base" for _ in origin), *(comparison.label(run) for run, _, _ in found)]
+        texts = place_labels(axes, [*origin, *points], labels, arms)
+        for run, text in zip([item[0] for item in found], texts[len(origin) :], strict=True):
             made.mark(text, run)
         axes.set_xlabel(f"Forgotten: old skills, {_axis_unit(forgetting)}", labelpad=8)
         axes.set_ylabel(f"Learned: {comparison.name}, {_axis_unit(learning)}", labelpad=8, rotation_mode="anchor")
@@ -78,10 +84,10 @@ def _both(learned: Score, lost: Score) -> str:
     return f"learned {measured(learned, signed=True)}{units[0]}, forgot {measured(lost, signed=True)}{units[1]}"
 
 
-def _frame_plane(axes: Axes, found: Sequence[tuple[Run, Score, Score]]) -> None:
-    """Set limits that hold every interval and the base, and draw the lines through the base."""
+def _frame_plane(axes: Axes, found: Sequence[tuple[Run, Score, Score]], with_base: bool) -> None:
+    """Set limits that hold every interval, and the base if it is shown, and draw the lines through the base."""
     for low_high, index in ((axes.set_xlim, 1), (axes.set_ylim, 2)):
-        ends = [0.0]
+        ends = [0.0] if with_base or index == 1 else []
         for item in found:
             score = item[index]
             assert isinstance(score, Score)
@@ -89,7 +95,8 @@ def _frame_plane(axes: Axes, found: Sequence[tuple[Run, Score, Score]]) -> None:
         low, high = min(ends), max(ends)
         room = 0.12 * (high - low or 1.0)
         low_high(low - room, high + room)
-    axes.axhline(0, color=BASE_COLOUR, lw=0.8)
+    if with_base:
+        axes.axhline(0, color=BASE_COLOUR, lw=0.8)
     axes.axvline(0, color=BASE_COLOUR, lw=0.8)
     for ticks in (axes.xaxis, axes.yaxis):
         ticks.set_major_locator(MaxNLocator(6))

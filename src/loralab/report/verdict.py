@@ -95,9 +95,8 @@ def _learned(comparison: Comparison, side: Side, order: Ranked) -> str:
     if not rest:
         ends = f"from {amount} for {name(first)} to {measured(order[-1][1], signed=True)} for {name(order[-1][0])}"
         return f"the {len(order)} runs tie in learning, {ends}"
-    last, least = rest[-1]
     lead = _lead([name(run) for run in best], "learned most")
-    return f"{lead} {amount}; {name(last)} learned least, {measured(least, signed=True)}"
+    return f"{lead} {amount}; {_trail(comparison, rest, side, 'learned least', measured(rest[-1][1], signed=True))}"
 
 
 def _forgot(comparison: Comparison, side: Side, order: Ranked) -> str:
@@ -116,9 +115,17 @@ def _forgot(comparison: Comparison, side: Side, order: Ranked) -> str:
     if not rest:
         ends = f"from {amount} for {name(first)} to {measured(order[-1][1])} for {name(order[-1][0])}"
         return f"the {len(order)} runs tie in forgetting, {ends}"
-    last, most = rest[-1]
     lead = _lead([name(run) for run in best], "forgot least")
-    return f"{lead} {amount}; {name(last)} forgot most, {measured(most)}"
+    return f"{lead} {amount}; {_trail(comparison, rest, side, 'forgot most', measured(rest[-1][1]))}"
+
+
+def _trail(comparison: Comparison, rest: Ranked, side: Side, did: str, amount: str) -> str:
+    """Name the last of those behind the best, and all of them that cannot be told from it."""
+    last = rest[-1][0]
+    same = [comparison.label(run) for run, _ in reversed(rest) if run is last or tied(last, run, side)]
+    if len(same) == 1:
+        return f"{same[0]} {did}, {amount}"
+    return f"{joined(same)} {did} (a tie), {same[0]} with {amount}"
 
 
 def _cheapest(
