@@ -37,11 +37,11 @@ print(f"\ntrained in {result.status['wall_s']:.0f} s")
 
 # 4. What was learned, what was forgotten. `target` is the new task, `source` the skills that the base had, `general` their text:
 #    accuracy is a share of graded items, loss is in nats per token. The interval is that of the change, paired by item.
-print(f"\n{'':<18}{'base':>8}{'after':>8}{'change':>8}   95 % interval           n")
+print(f"\n{'':<18}{'base':>8}{'after':>8}{'change':>8}   95 % interval               n")
 for name, base, _before, after, change, interval, n in result.rows():
     if name.count("/") == 1:  # the scores of single skills have two slashes: see step 5
         numbers = "".join(f"{'–' if value is None else format(value, '.3f'):>8}" for value in (base, after, change))
-        print(f"{name:<18}{numbers}   {interval:<24}{n}")
+        print(f"{name:<18}{numbers}   {interval:<28}{n}")
 
 # 5. Forgetting is seldom even: the skills that lost most.
 changes = {
