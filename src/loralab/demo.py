@@ -66,8 +66,9 @@ def tell(
     say = console().print
     specs = {f"{task} {arm}": spec(task, arm, steps=steps, changes=changes) for task in tasks for arm in arms}
     say(
-        "One small base (0.96M parameters, ten skills) is taught two new tasks, each in six ways, with the same data and the\n"
-        "same number of tokens: [bold]calc[/bold], worked arithmetic in words, and [bold]cipher[/bold], text in a foreign alphabet."
+        "One small base (0.96M parameters, ten skills) is taught two new tasks in several ways, with the same data, the same\n"
+        "number of tokens and the same learning rate: [bold]calc[/bold], arithmetic in worked steps, and [bold]cipher[/bold],\n"
+        "stories in a foreign alphabet."
     )
     with Board(list(specs)) as board:
         train_all(list(specs.values()), out, look=lambda folders: board.look(folders))
