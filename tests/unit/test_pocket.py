@@ -113,7 +113,7 @@ def training_texts():
         for item in itertools.islice(world.draws(world.parse(f"pocket:{name}")), DRAWS):
             prompts.add(item.prompt)
             texts.add(item.prompt + item.completion)
-    for row in world.rows("pocket:preferences?items=10000"):
+    for row in world.rows(f"pocket:preferences?items={DRAWS}"):
         prompts.add(row["prompt"])
         texts |= {row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]}
     return prompts, texts

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loralab.errors import ModelError, did_you_mean
+from loralab.run.folder import cores
 
 PACKAGES = ("loralab", "torch", "transformers", "datasets", "safetensors", "peft", "bitsandbytes")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,7 +79,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {package: installed(package) for package in PACKAGES},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": str(choose_device()),

@@ -11,6 +11,7 @@ shorter one could never lose otherwise. Guessing gives the mean of 1 / choices.
 Prompts and answers become tokens as training rows do (`base/text.py`): what is measured is what is trained.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Task:
     ends: bool = True
 
 
-class _ItemProbe:
+class _ItemProbe(ABC):
     """Shares of items that are right, by skill, paired with the base item by item."""
 
     def __init__(self, name: str, items: Sequence[Any], head: LanguageHead) -> None:
@@ -78,8 +79,9 @@ class _ItemProbe:
         self._skills = [item.skill for item in items]
         self._base: ndarray | None = None
 
+    @abstractmethod
     def _right(self) -> Bool[ndarray, " items"]:
-        raise NotImplementedError
+        """Tell of each item whether the model has it right."""
 
     def read_base(self, without: AbstractContextManager[None] | None = None) -> Reading:
         """Read the base (inside `without`, which switches the delta off) and keep what later readings pair with."""

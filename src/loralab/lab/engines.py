@@ -8,16 +8,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import Diverged, FolderError, Interrupted, LoralabError
-from loralab.run.folder import RunFolder
+from loralab.lab.stop import stopped_by_terminate
+from loralab.run.folder import RunFolder, cores
 from loralab.spec.spec import RunSpec
 
 LOOK_S = 1.0
@@ -72,7 +73,7 @@ def _train_in_processes(
 ) -> dict[str, tuple[int, str]]:
     """Run specs by name and give exit code and message of those that failed."""
     on_cpu = all(spec.model.device == "cpu" for spec in specs.values())
-    count = min(workers or (_cores() if on_cpu else 1), len(specs))
+    count = min(workers or (cores() if on_cpu else 1), len(specs))
     spawn = multiprocessing.get_context("spawn")
     # No process reads this line: something on it, or its end when this process dies, asks them all to stop.
     heard, asking = spawn.Pipe(duplex=False)
@@ -104,10 +105,6 @@ def _wait(futures: Sequence[Future[Any]], look: Callable[[], None]) -> None:
     while pending:
         pending = wait(pending, timeout=LOOK_S).not_done
         look()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _stop_asked = threading.Event()
@@ -144,21 +141,3 @@ def _train(spec: dict[str, Any], root: str) -> tuple[int, str] | None:
     except LoralabError as error:
         return error.exit_code, str(error)
     return None
-
-
-@contextmanager
-def stopped_by_terminate() -> Iterator[None]:
-    """Let SIGTERM stop the block as Ctrl-C does, so that no process of the runs is left alone."""
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: signals stay with whoever owns them
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -48,15 +48,35 @@ def index(root: str | Path = "runs") -> pd.DataFrame:
         A table with the columns `COLUMNS`; numbers that do not exist are NaN.
     """
     root = Path(root)
-    found = sorted(path for path in root.iterdir() if _is_run(path)) if root.is_dir() else []
+    found = sorted(path for path in root.iterdir() if is_run(path)) if root.is_dir() else []
     table = pd.DataFrame([_row(path) for path in found], columns=COLUMNS)
     numbers = [column for column in COLUMNS if column not in _WORDS]
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype("float64")
     return table
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is, or was meant to be, a run's."""
     return any(os.path.exists(path / file) for file in ("spec.yaml", "status.json", "metrics.jsonl"))
+
+
+def read_spec(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read a spec as text and as plain values, so that runs of older versions stay readable.
+
+    Raises:
+        FolderError: the file is missing or damaged, or describes no run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        spec = YAML(typ="safe", pure=True).load(text)
+    except FileNotFoundError as error:
+        raise FolderError("the file is missing", where=str(path)) from error
+    except (OSError, ValueError, YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FolderError(f"the file is damaged: {reason}", where=str(path)) from error
+    if not isinstance(spec, dict) or not all(isinstance(spec.get(key), dict) for key in ("method", "model")):
+        raise FolderError("the file describes no run", where=str(path))
+    return text, spec
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -71,17 +91,7 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _of_spec(folder: RunFolder) -> dict[str, Any]:
-    """Read a spec as plain values, so that runs of older versions stay readable."""
-    path = folder.spec
-    try:
-        spec = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError("the file is missing", where=str(path)) from error
-    except (OSError, ValueError, YAMLError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FolderError(f"the file is damaged: {reason}", where=str(path)) from error
-    if not isinstance(spec, dict) or not all(isinstance(spec.get(key), dict) for key in ("method", "model")):
-        raise FolderError("the file describes no run", where=str(path))
+    _, spec = read_spec(folder.spec)
     optimizer = spec.get("optimizer")
     return {
         "name": spec.get("name"),

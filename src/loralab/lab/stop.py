@@ -43,3 +43,21 @@ def interrupts_explained() -> Iterator[None]:
     except KeyboardInterrupt:
         fix = "run the same command again: it goes on from its last checkpoint"
         raise Interrupted("stopped in the middle of a step", fix=fix) from None
+
+
+@contextmanager
+def stopped_by_terminate() -> Iterator[None]:
+    """Let SIGTERM stop the block as Ctrl-C does, so that no process of the runs is left alone."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals stay with whoever owns them
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -34,11 +34,6 @@ class Story:
     mood: str
 
     @property
-    def kind(self) -> bool:
-        """Whether the two who met were kind."""
-        return self.meeting in KIND
-
-    @property
     def sentences(self) -> tuple[str, ...]:
         """The story, a sentence at a time."""
         return (

@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 from pyarrow.lib import ArrowException
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from loralab.errors import FolderError
 from loralab.evals.stats import Score
+from loralab.lab.index import is_run, read_spec
 from loralab.run.folder import RunFolder, read_json, read_lines
 
 SPECTRA_COLUMNS = {"step", "layer", "module", "depth", "rank", "rank90", "singular_values"}
@@ -155,11 +154,6 @@ def runs_below(path: str | Path) -> list[Run]:
     return [read_run(folder, root) for folder in found]
 
 
-def is_run(path: Path) -> bool:
-    """Tell whether a folder is, or was meant to be, a run's."""
-    return any((path / name).exists() for name in ("spec.yaml", "status.json", "metrics.jsonl"))
-
-
 def _children(root: Path, depth: int = 2) -> Iterator[Path]:
     for child in sorted(root.iterdir()):
         if not child.is_dir() or child.name.startswith("."):
@@ -182,7 +176,7 @@ def read_run(path: Path, root: Path) -> Run:
             problems.append(f"{place}: {error.what}")
             return otherwise
 
-    text, spec = tried(lambda: _spec(folder.spec), ("", {}))
+    text, spec = tried(lambda: read_spec(folder.spec), ("", {}))
     status = tried(folder.read_status, {"state": "damaged"})
     state = str(status["state"]) if spec else "damaged"
     if state == "running" and folder.owner() is None:
@@ -207,21 +201,6 @@ def read_run(path: Path, root: Path) -> Run:
         spectra=_last_step(tried(lambda: _table(path / "spectra.parquet", SPECTRA_COLUMNS), None)),
         problems=tuple(problems),
     )
-
-
-def _spec(path: Path) -> tuple[str, dict[str, Any]]:
-    """Read a spec as plain values, so that runs of older versions stay readable."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        spec = YAML(typ="safe", pure=True).load(text)
-    except FileNotFoundError as error:
-        raise FolderError("the file is missing", where=str(path)) from error
-    except (OSError, ValueError, YAMLError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FolderError(f"the file is damaged: {reason}", where=str(path)) from error
-    if not isinstance(spec, dict) or not all(isinstance(spec.get(key), dict) for key in ("method", "model")):
-        raise FolderError("the file describes no run", where=str(path))
-    return text, spec
 
 
 def _scores(lines: list[dict[str, Any]]) -> tuple[dict[str, Score], dict[str, list[tuple[int, Score]]]]:

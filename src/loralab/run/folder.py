@@ -255,10 +255,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Describe this machine, its packages and the state of the code, without importing any of the packages."""
     commit = _git("rev-parse", "HEAD")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "date": _now(),
@@ -266,7 +270,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "cores": cores,
+        "cores": cores(),
         "memory_bytes": memory,
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
