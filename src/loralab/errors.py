@@ -69,6 +69,10 @@ class MergeError(LoralabError):
     """A merge would lose more than its limit allows."""
 
 
+class EvaluationError(LoralabError):
+    """A task, suite or way of sampling does not exist, or cannot run here."""
+
+
 class Diverged(LoralabError):
     """Training produced NaN or a loss spike; the last good checkpoint is kept."""
 

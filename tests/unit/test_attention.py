@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from loralab.base.attention import NAME, attention, document_mask, packs
-from loralab.base.tiles import document_attention, varlen_arguments
+from loralab.base.packed import document_attention, varlen_arguments
 from loralab.errors import ModelError
 from tiny import DECODERS, ENCODERS, tiny
 
@@ -270,7 +270,7 @@ def test_bfloat16_is_as_exact_as_the_fused_kernel():
 def test_the_operator_keeps_its_schema_and_can_be_faked():
     q, k, v = (x.detach() for x in row((4, 9), 4, 2))
     operator = torch.ops.loralab.document_attention.default
-    given = (q, k, v, [4, 9], True, None, 0.3, None, 0.0, 0)
+    given = (q, k, v, [4, 9], [], True, None, 0.3, None, 0.0, 0)
     checked = torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     assert set(checked.values()) == {"SUCCESS"}
 

@@ -1,7 +1,8 @@
 """Attention as Transformers calls it, registered there under the name `loralab`.
 
 `document_mask(lengths)` travels in the slot of the attention mask: an integer tensor (1, 1, 1, documents), which
-Transformers hands to every layer untouched, as it does with any 4-D mask. Every token then sees its own document only.
+Transformers hands to every layer untouched, as it does with any 4-D mask. Every token then sees its own document only, or,
+where documents are trees of segments (1, 1, 2, segments), its own segment and those that it continues.
 Without it, attention is Transformers' `sdpa`; for models that cap their scores, which `sdpa` refuses, plain matrix products.
 """
 
@@ -16,29 +17,33 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from loralab.base.tiles import document_attention
+from loralab.base.packed import document_attention
 from loralab.errors import ModelError
 
 NAME = "loralab"
 
-_lengths_of: MutableMapping[Tensor, tuple[int, ...]] = WeakTensorKeyDictionary()
+_layout_of: MutableMapping[Tensor, tuple[tuple[int, ...], ...]] = WeakTensorKeyDictionary()
 
 
-def document_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, "1 1 1 documents"]:
+def document_mask(
+    lengths: Sequence[int], device: torch.device | str = "cpu", parents: Sequence[int] = ()
+) -> Int[Tensor, "1 1 lines segments"]:
     """Make the attention mask of a packed row: the tokens of each document, in order.
 
-    Pass it as `attention_mask` with `position_ids` that restart in every document and `use_cache=False`.
+    Pass it as `attention_mask` with `position_ids` that restart in every document and `use_cache=False`. With `parents` the
+    documents are segments of trees: each names the one that it continues, or -1, and its positions go on from there.
     """
-    mask = torch.tensor(tuple(lengths), dtype=torch.int32, device=device).view(1, 1, 1, -1)
-    _lengths_of[mask] = tuple(lengths)
+    layout = (tuple(lengths), tuple(parents)) if len(parents) else (tuple(lengths),)
+    mask = torch.tensor(layout, dtype=torch.int32, device=device).view(1, 1, len(layout), -1)
+    _layout_of[mask] = layout
     return mask
 
 
-def _document_lengths(mask: Tensor) -> tuple[int, ...]:
+def _document_layout(mask: Tensor) -> tuple[tuple[int, ...], ...]:
     # A mask that was copied on its way (to another device, say) is read once per forward pass, not once per layer.
-    if mask not in _lengths_of:
-        _lengths_of[mask] = tuple(mask.flatten().tolist())
-    return _lengths_of[mask]
+    if mask not in _layout_of:
+        _layout_of[mask] = tuple(tuple(line) for line in mask[0, 0].tolist())
+    return _layout_of[mask]
 
 
 def attention(
@@ -61,11 +66,11 @@ def attention(
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype is torch.bool):
-        lengths = _document_lengths(attention_mask)
-        _refuse_unpackable(query, key, lengths, others)
+        layout = _document_layout(attention_mask)
+        _refuse_unpackable(query, key, layout[0], others)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = document_attention(
-            q, k, v, lengths, causal=causal, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout
+            q, k, v, *layout, causal=causal, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout
         )
         return out[None], None
     if softcap is not None:
