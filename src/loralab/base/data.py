@@ -32,12 +32,15 @@ class Batch:
         positions: int64 (1, length), from 0 in each document.
         targets: int64 (1, length), already shifted: the next token of the same document if it is labelled, else -100.
         lengths: tokens of each document; their sum is the length.
+        parents: where documents are segments of trees, the number of the one that each continues, or -1; see
+            `loralab.base.attention.document_mask`.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
     lengths: tuple[int, ...]
+    parents: tuple[int, ...] = ()
 
     @property
     def weight(self) -> int:

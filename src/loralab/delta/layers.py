@@ -97,7 +97,7 @@ def load_delta_(model: nn.Module, delta: Delta, name: str = "default") -> None:
 def misfits(model: nn.Module, delta: Delta) -> list[str]:
     """Say of each layer and parameter of a delta that the model lacks or has in another shape what is wrong."""
     layers = unwrapped(model)
-    parameters = {name: tuple(parameter.shape) for name, parameter in _own_parameters(model).items()}
+    parameters = {name: tuple(parameter.shape) for name, parameter in own_parameters(model).items()}
     shapes = {name: shape_of(layers[name]) for name in delta if name in layers}
     wanted = {name: tuple(change.shape) for name, change in delta.items()}
     wrong = [f"{name} is missing" for name in wanted if name not in shapes]
@@ -110,7 +110,7 @@ def misfits(model: nn.Module, delta: Delta) -> list[str]:
     return wrong
 
 
-def _own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name the parameters as they are named without pairs; tied ones under each of their names."""
     inside = {f"{name}.base.": f"{name}." for name in low_rank_layers(model)}
     found = {}
@@ -133,7 +133,7 @@ def set_whole_(model: nn.Module, delta: Delta) -> None:
             where="; ".join(wrong[:3]),
             fix="use the base that the delta was trained on",
         )
-    parameters = _own_parameters(model)
+    parameters = own_parameters(model)
     for name, value in delta.whole.items():
         parameters[name].copy_(value)
 

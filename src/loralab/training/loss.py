@@ -115,7 +115,7 @@ class LanguageHead:
 
     def _mask(self, batch: Batch) -> Tensor | None:
         if self.packs:
-            return document_mask(batch.lengths, batch.tokens.device)
+            return document_mask(batch.lengths, batch.tokens.device, batch.parents)
         if len(batch.lengths) > 1:
             raise self.unpackable()
         return None
@@ -158,6 +158,11 @@ class LanguageHead:
         """Give logits (float32, no gradient) and targets of the labelled positions, a chunk at a time, in order."""
         rows = (batch.targets[0] != NO_TARGET).nonzero().squeeze(-1)
         targets = batch.targets[0, rows]
+        for part, logits in zip(_chunks(len(rows), self.chunk), self.logits_at(batch, rows), strict=True):
+            yield logits, targets[part]
+
+    def logits_at(self, batch: Batch, rows: Int[Tensor, " rows"]) -> Iterator[Float[Tensor, "chunk vocab"]]:
+        """Give logits (float32, no gradient) of positions of the row, `chunk` at a time, in order."""
         linear = head(self.model)
         plain = linear if self.is_plain and isinstance(linear, nn.Linear) else None
         with torch.no_grad():
@@ -165,4 +170,4 @@ class LanguageHead:
         for part in _chunks(len(rows), self.chunk):
             with torch.no_grad():
                 chunk = source[part] if plain is None else F.linear(source[part], plain.weight, plain.bias).float()
-            yield chunk, targets[part]
+            yield chunk

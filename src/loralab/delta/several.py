@@ -1,0 +1,98 @@
+"""Several deltas over one base in memory: each is put on once, and a view says which of them acts.
+
+Low-rank deltas lie beside the base's layers as named pairs. What a delta holds whole (dense matrices, biases, norms) is kept
+as values that change places with the base's while it acts: a pointer each, nothing is copied or computed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loralab.base.targets import weight_of
+from loralab.delta.layers import active, misfits, own_parameters, unwrapped, wrap_
+from loralab.delta.linear import Pair
+from loralab.delta.lowrank import Delta, LowRank
+from loralab.errors import DeltaError
+
+View = Callable[[], AbstractContextManager[None]]
+"""Gives a context inside which a model is its base, or wears one delta."""
+
+
+class Wardrobe:
+    """Deltas put on one model by name; outside of every view the model is its base.
+
+    Args:
+        model: the base, frozen.
+        deltas: by name; each fits the model.
+
+    Raises:
+        DeltaError: a delta belongs to another base.
+    """
+
+    def __init__(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+        self.model = model
+        self.names = tuple(deltas)
+        self._whole = {name: _whole_of(model, name, delta) for name, delta in deltas.items()}
+        self._paired: set[str] = set()
+        for name, delta in deltas.items():
+            pairs = {path: change for path, change in delta.items() if isinstance(change, LowRank)}
+            for path, layer in wrap_(model, pairs).items():
+                device = next(layer.base.parameters()).device
+                pair = Pair(pairs[path].A.to(device), pairs[path].B.to(device), pairs[path].scale)
+                layer.add_pair(name, pair.requires_grad_(False))
+                layer.active = ()
+                self._paired.add(name)
+
+    def view(self, name: str | None) -> View:
+        """Give the view in which the delta `name` acts, or the base for None."""
+        pairs = [name] if name in self._paired and name is not None else []
+        whole = self._whole[name] if name is not None else {}
+
+        @contextmanager
+        def acting() -> Iterator[None]:
+            with active(self.model, pairs), self._swapped(whole):
+                yield
+
+        return acting
+
+    def views(self) -> list[View]:
+        """Give the view of the base, then of each delta in turn."""
+        return [self.view(None), *map(self.view, self.names)]
+
+    @contextmanager
+    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        parameters = own_parameters(self.model)
+        before = {name: parameters[name].data for name in values}
+        for name, value in values.items():
+            parameters[name].data = value
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                parameters[name].data = value
+
+
+@torch.no_grad()
+def _whole_of(model: nn.Module, name: str, delta: Delta) -> dict[str, Tensor]:
+    """Give what a delta changes whole as the values that its parameters take, in the base's own dtypes."""
+    if wrong := misfits(model, delta):
+        raise DeltaError(
+            f"the delta {name!r} belongs to another base",
+            where="; ".join(wrong[:3]),
+            fix="use the base that the delta was trained on",
+        )
+    parameters, layers = own_parameters(model), unwrapped(model)
+    whole = {path: value.to(parameters[path]) for path, value in delta.whole.items()}
+    for path, change in delta.items():
+        if isinstance(change, LowRank):
+            continue
+        weight = parameters[f"{path}.weight"]
+        if not weight.is_floating_point():
+            fix = "load the base without quantising it"
+            raise DeltaError("a dense delta cannot be added to a quantised weight", where=path, fix=fix)
+        stored_turned = weight_of(layers[path]) is not weight
+        moved = change.dense().t() if stored_turned else change.dense()
+        whole[f"{path}.weight"] = (weight.float() + moved.to(weight.device)).to(weight.dtype).contiguous()
+    return whole
