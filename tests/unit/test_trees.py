@@ -71,8 +71,9 @@ def test_a_model_reads_a_tree_as_it_reads_each_path():
         torch.testing.assert_close(together[rows[-length:]], alone[-length:], rtol=1e-4, atol=1e-5)
 
 
-def test_siblings_share_tiles_and_a_first_child_sees_one_span():
-    tiles = tree_tiles((4, 3, 2, 2), (-1, 0, 0, 0), 8)
-    assert [(tile.start, tile.stop, tile.spans) for tile in tiles] == [(0, 4, ((0, 4),)), (4, 11, ((0, 11),))]
-    later = tree_tiles((4, 3, 9), (-1, 0, 0), 8)[2]
-    assert (later.start, later.stop, later.spans) == (12, 16, ((0, 4), (7, 16)))
+def test_small_trees_share_a_tile_and_a_large_one_is_cut_where_keys_before_it_are_seen():
+    small = tree_tiles((4, 3, 2, 5, 1), (-1, 0, 0, -1, 3), 16)
+    assert [(tile.start, tile.stop, tile.spans) for tile in small] == [(0, 15, ((0, 15),))]
+    large = tree_tiles((4, 3, 9, 2), (-1, 0, 0, -1), 6)
+    assert [(tile.start, tile.stop) for tile in large] == [(0, 6), (6, 12), (12, 18)]
+    assert large[2].spans == ((0, 4), (7, 18))

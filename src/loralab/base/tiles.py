@@ -4,8 +4,10 @@ Documents that begin alike may be one tree: the shared beginning is a segment, a
 `parent`, whose tokens (and those of the parent's parents) it sees whole.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -37,23 +39,34 @@ def document_tiles(lengths: tuple[int, ...], causal: bool, window: int | None, b
 
 @lru_cache(maxsize=4)
 def tree_tiles(lengths: tuple[int, ...], parents: tuple[int, ...], block: int) -> tuple[Tile, ...]:
-    """Cut a row of segments into tiles; neighbours with the same parent share tiles, so that there are few of them."""
-    ends = list(accumulate(lengths))
+    """Cut a row of segments into tiles of about `block` rows: whole trees where they are small, else parts of one."""
+    ends = tuple(accumulate(lengths))
     begins = [end - length for end, length in zip(ends, lengths, strict=True)]
     tiles = []
-    for parent, group in groupby(range(len(lengths)), key=parents.__getitem__):
-        siblings = list(group)
-        before: list[tuple[int, int]] = []
-        while parent >= 0:
-            before.insert(0, (begins[parent], ends[parent]))
-            parent = parents[parent]
-        own = 0
-        for start in range(begins[siblings[0]], ends[siblings[-1]], block):
-            stop = min(start + block, ends[siblings[-1]])
-            while ends[siblings[own]] <= start:
-                own += 1
-            tiles.append(Tile(start, stop, _joined([*before, (begins[siblings[own]], stop)])))
+    for start, stop in _blocks(
+        [begin for begin, parent in zip(begins, parents, strict=True) if parent < 0], ends, block
+    ):
+        first = bisect_right(ends, start)
+        seen = {begins[first]: stop}  # from the first row's segment on, the rows themselves
+        for segment in range(first, bisect_left(ends, stop) + 1):
+            while (segment := parents[segment]) >= 0 and begins[segment] < begins[first]:
+                seen[begins[segment]] = ends[segment]
+        tiles.append(Tile(start, stop, _joined(sorted(seen.items()))))
     return tuple(tiles)
+
+
+def _blocks(roots: list[int], ends: tuple[int, ...], block: int) -> Iterator[tuple[int, int]]:
+    """Give from where to where each tile goes: over as many trees as fit, or through one that does not, step by step."""
+    start = 0
+    for begin, end in zip(roots, [*roots[1:], ends[-1]], strict=True):
+        if end - start > block and begin > start:
+            yield start, begin
+            start = begin
+        while end - start > block:
+            yield start, start + block
+            start += block
+    if start < ends[-1]:
+        yield start, ends[-1]
 
 
 def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -85,14 +98,16 @@ def tree_biases(
     segment = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
     first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     position = torch.arange(len(segment)) - first + torch.repeat_interleave(torch.tensor(depths), sizes)
+    heirs = torch.eye(len(lengths), dtype=torch.bool)  # row: segment, column: those that it sees
+    for number, parent in enumerate(parents):
+        if parent >= 0:
+            heirs[number] |= heirs[parent]
     biases = []
     for tile in tree_tiles(lengths, parents, block):
         keys = torch.cat([torch.arange(*span) for span in tile.spans])
         rows = torch.arange(tile.start, tile.stop)[:, None]
         distance = position[rows] - position[keys]
-        # From the first row's segment on, keys are of siblings, of which a row sees its own; those before are ancestors'.
-        foreign = (segment[keys] != segment[rows]) & (keys >= first[tile.start])
-        hidden = foreign | (distance < 0)
+        hidden = ~heirs[segment[rows], segment[keys]] | (distance < 0)
         if window is not None:
             hidden |= distance >= window
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -25,7 +25,7 @@ from loralab.evals.prefixes import trees
 from loralab.evals.probe import measuring
 from loralab.training.loss import LanguageHead
 
-ROW_TOKENS = 8192
+ROW_TOKENS = 2048
 """Most tokens of a row; a single request may be longer."""
 
 
@@ -177,9 +177,8 @@ class Prepared:
             end = begin + len(logits)
             mine = order[taken : taken + int(((row.which >= begin) & (row.which < end)).sum())]
             line, target = row.which[mine] - begin, row.targets[mine]
-            chosen = logits[line, target]
-            log_p[mine] = (chosen - torch.logsumexp(logits, -1)[line]).double()
-            missed[mine] = (chosen < logits.amax(-1)[line]).double()
+            missed[mine] = (logits[line, target] < logits.amax(-1)[line]).double()
+            log_p[mine] = torch.log_softmax(logits, -1)[line, target].double()
             begin, taken = end, taken + len(mine)
         return log_p.cpu().numpy(), missed.cpu().numpy()
 
