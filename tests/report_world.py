@@ -5,7 +5,7 @@ Scores follow from the items, as in a real run: items are drawn first, and means
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,34 @@ def make_sweep(root: Path, *, targets: tuple[str, ...] = ("calc", "cipher"), see
     return root
 
 
+def make_seeds(root: Path, *, plans: tuple[str, ...] = ("lora-r4", "full"), seeds: int = 3) -> Path:
+    """Write runs that differ by nothing but their seed, of several plans."""
+    for plan_name in plans:
+        for seed in range(seeds):
+            make_run(root, plan_name, seed=seed)
+    return root
+
+
+def probe_choices(path: Path) -> None:
+    """Add what a run leaves that probed multiple choice over training: two tasks of the source, and its cost."""
+    run = RunFolder(path)
+    share, n = "share of items", 40
+    for model, step in [("base", 0), *(("tuned", step) for step in range(0, STEPS + 1, STEPS // 6))]:
+        lost = 0.1 * _progress(step) / _progress(STEPS) if model == "tuned" else 0.0
+        for name, level in (("source/choice", 0.6), ("source/hellaswag/choice", 0.5), ("source/winogrande/choice", 0.7)):
+            append_line(run.scores, Score(name, level - lost, share, n, 0.07).as_line(step, model))
+            if model == "tuned":
+                append_line(run.scores, Score(f"{name}_change", -lost, share, n, 0.03).as_line(step, model))
+    run.write_status(probe_s=1.5, probe_tokens=12_000)
+
+
 def make_run(root: Path, plan_name: str, *, target: str = "calc", seed: int = 0, **spec: Any) -> Path:
     """Write one finished run: all files of the run folder; `spec` overrides sections of its spec."""
     plan = PLANS[plan_name]
     run = open_run(root, plan_name, target, seed=seed, **spec)
     rng = default_rng([seed, *f"{target}/{plan_name}".encode()])
+    if seed:  # the luck of training moves both
+        plan = replace(plan, learned=plan.learned * rng.uniform(0.9, 1.1), lost=plan.lost * rng.uniform(0.7, 1.3))
     write_status(run, plan)
     write_environment(run, target)
     write_metrics(run, plan, rng)

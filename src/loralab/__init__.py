@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loralab.errors import LoralabError
     from loralab.lab.check import check
     from loralab.lab.engines import train_all
+    from loralab.lab.evaluate import evaluate
     from loralab.lab.experiment import train
     from loralab.lab.index import index as runs
     from loralab.lab.merging import merge
@@ -32,6 +33,7 @@ _HOMES = {
     "LoralabError": "loralab.errors:LoralabError",
     "RunSpec": "loralab.spec.spec:RunSpec",
     "check": "loralab.lab.check:check",
+    "evaluate": "loralab.lab.evaluate:evaluate",
     "load_base": "loralab.base.model:load",
     "load_delta": "loralab.delta.store:load_lowrank",
     "merge": "loralab.lab.merging:merge",
@@ -46,6 +48,7 @@ __all__ = [
     "LoralabError",
     "RunSpec",
     "check",
+    "evaluate",
     "load_base",
     "load_delta",
     "merge",

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from loralab.console import MERGE_MEANINGS, check_lines, console, display, print_json, shown, size, table
+from loralab.console import (
+    MERGE_MEANINGS,
+    check_lines,
+    console,
+    display,
+    evaluation_lines,
+    evaluation_tables,
+    print_json,
+    shown,
+    size,
+    table,
+)
 from loralab.errors import Interrupted, LoralabError
 
 app = typer.Typer(
@@ -84,6 +95,86 @@ def check(
     out.print(table(("key", "value", "from"), rows))
     for line in check_lines(found, coloured=out.is_terminal):
         out.print(line)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the base, or a run folder (its base and its delta).")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names, with commas: tasks of lm-eval's catalogue, suites (forgetting, math, code, superglue), "
+            "pocket:NAME, or files of rows."
+        ),
+    ],
+    delta: Annotated[
+        list[str] | None, typer.Option("--delta", help="PEFT folder, run folder or checkpoint; may be repeated.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for scores.jsonl, items.parquet and evaluation.json.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item; each task's own number if absent.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="TASK[:SPLIT]=FILE", help="A task's data from a file.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Folder with more tasks in lm-eval's format.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt of tasks that are sampled (pass@k).")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the samples; 0 is greedy. 0.2 if absent, 0 for a single sample.")
+    ] = None,
+    top_p: Annotated[float, typer.Option("--top-p", help="Of the samples.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub base.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Run programs even where this machine cannot confine them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a base and its deltas on tasks and suites, paired item by item."""
+    from loralab.lab.evaluate import evaluate as run_evaluation
+    from loralab.lab.questions import assignments, names
+
+    found = run_evaluation(
+        model,
+        names(tasks),
+        deltas=delta or [],
+        out=out,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        limit=limit,
+        fewshot=fewshot,
+        data=assignments(data or []),
+        include=tuple(include or []),
+        chat=chat,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        unsafe=unsafe,
+    )
+    if as_json:
+        print_json(found.summary())
+        return
+    screen = console()
+    for one in evaluation_tables(found):
+        screen.print(one)
+    for line in evaluation_lines(found):
+        screen.print(line, markup=False, soft_wrap=True)
+    if out is not None:
+        screen.print(f"wrote {out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -223,12 +314,15 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 @app.command()
 def report(
-    path: Annotated[str, typer.Argument(help="A run folder, or a folder of run folders.", metavar="RUN|SWEEP")],
+    path: Annotated[
+        str,
+        typer.Argument(help="A run folder, a folder of run folders, or an evaluation.", metavar="RUN|SWEEP|EVALUATION"),
+    ],
     out: Annotated[
         str | None, typer.Option("--out", help="File of the page; report.html in the folder if absent.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run, or about many side by side."""
+    """Write one self-contained HTML page about a run, about many side by side, or about an evaluation."""
     from loralab.report.page import write
 
     console().print(f"wrote {write(path, out)}", soft_wrap=True)

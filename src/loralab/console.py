@@ -282,3 +282,44 @@ def check_lines(found: Any, *, coloured: bool) -> list[str]:
 def _marked(runs: list[tuple[str, bool]], coloured: bool) -> str:
     before, after = ("[green]", "[/green]") if coloured else ("«", "»")
     return "".join(f"{before}{escape(text)}{after}" if labelled else escape(text) for text, labelled in runs)
+
+
+FEW_K = (1, 2, 5, 10, 20, 50, 100, 200)
+"""The k whose pass@k the terminal shows; the folder holds all."""
+
+
+def evaluation_tables(found: Any) -> list[Table]:
+    """Make the tables of an `Evaluation`: scores and changes, then pass@k and diversity where outputs were sampled."""
+    made = []
+    if rows := found.rows():
+        made.append(table(list(rows[0]), [_escaped(row.values()) for row in rows]))
+    if found.curves:
+        made.append(_pass_at_k(found))
+    if found.diversity:
+        order = list(found.models)
+        lines = sorted(found.diversity, key=lambda row: (row["task"], row["kind"], order.index(row["model"])))
+        heads = ("task", "outputs", "model", "of samples", "distinct", "standard error")
+        keys = ("task", "kind", "model", "samples", "distinct", "standard_error")
+        made.append(table(heads, [_escaped(row.get(key) for key in keys) for row in lines]))
+    return made
+
+
+def evaluation_lines(found: Any) -> list[str]:
+    """Write what stands below the tables of an `Evaluation`: how changes are judged, what it cost, what limits it."""
+    return [line for line in (found.how_judged(), *found.notes()) if line]
+
+
+def _pass_at_k(found: Any) -> Table:
+    """A row per task and model, a column per k that all have."""
+    cells: dict[tuple[str, str], dict[int, float]] = {}
+    for row in found.curves:
+        cells.setdefault((row["task"], row["model"]), {})[row["k"]] = row["pass_at_k"]
+    ks = [k for k in FEW_K if all(k in shares for shares in cells.values())]
+    order = sorted(cells, key=lambda key: (key[0], list(found.models).index(key[1])))
+    rows = [_escaped((task, model, *(cells[task, model][k] for k in ks))) for task, model in order]
+    return table(("task", "model", *(f"pass@{k}" for k in ks)), rows)
+
+
+def _escaped(cells: Iterable[Any]) -> list[Any]:
+    """Keep names from being read as Rich's markup."""
+    return [escape(cell) if isinstance(cell, str) else cell for cell in cells]

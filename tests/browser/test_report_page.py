@@ -1,20 +1,16 @@
-"""The page in a real browser: no error, no request, and its sorting, hovering, filter and dark mode work."""
+"""The pages in a real browser: no error, no request, and sorting, hovering, filter and dark mode work."""
 
 import shutil
 
 import pytest
 
+from evaluation_world import write_evaluation
 from loralab.report.page import write
 from report_world import make_sweep
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOUND = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium or Chrome is installed: the page is not opened")
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    return write(make_sweep(tmp_path_factory.mktemp("browser"))).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +25,45 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, address):
-    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(address)
-    yield page
-    page.close()
-    assert said == [], "errors in the console"
-    assert set(asked) == {address}, "the page asks for nothing but itself"
+def opened(browser):
+    """Open an address; at the end look whether the page was quiet."""
+    pages = []
+
+    def open_page(address: str):
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        pages.append((page, address, said, asked))
+        return page
+
+    yield open_page
+    for page, address, said, asked in pages:
+        page.close()
+        assert said == [], "errors in the console"
+        assert set(asked) == {address}, "the page asks for nothing but itself"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    return write(make_sweep(tmp_path_factory.mktemp("browser"))).as_uri()
+
+
+@pytest.fixture
+def page(opened, address):
+    return opened(address)
+
+
+@pytest.fixture(scope="module")
+def evaluation_address(tmp_path_factory):
+    return write(write_evaluation(tmp_path_factory.mktemp("browser") / "evaluation")).as_uri()
+
+
+@pytest.fixture
+def evaluation(opened, evaluation_address):
+    return opened(evaluation_address)
 
 
 def column(page, number):
@@ -114,3 +138,63 @@ def test_dark_and_light(page):
 def test_the_page_fits_the_screen(page, width):
     page.set_viewport_size({"width": width, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+# The page of an evaluation
+
+
+def test_a_chip_takes_a_delta_out_of_tables_and_figures(evaluation):
+    chip = evaluation.locator(".chip[data-filter='full']")
+    rows = evaluation.locator("#items tbody tr:visible")
+    before = rows.count()
+    chip.click()
+    assert chip.get_attribute("aria-pressed") == "false"
+    assert evaluation.locator("main [data-method='full']:visible").count() == 0
+    assert rows.count() == before * 2 // 3
+    chip.click()
+    assert rows.count() == before
+
+
+def test_a_bar_tells_its_counts(evaluation):
+    bar = evaluation.locator("#items .parts").first
+    bar.scroll_into_view_if_needed()
+    bar.hover()
+    assert evaluation.locator("#tip").inner_text() == bar.get_attribute("aria-label")
+    widths = [box["width"] for part in bar.locator("i").all() if (box := part.bounding_box())]
+    assert sum(widths) == pytest.approx(bar.bounding_box()["width"], abs=1.0)
+
+
+def test_the_keyboard_reaches_the_marks_of_an_evaluation(evaluation):
+    mark = evaluation.locator("#results .figure").nth(1).locator(".mark").first
+    mark.focus()
+    assert evaluation.locator("#tip").inner_text() == mark.get_attribute("data-tip")
+    evaluation.keyboard.press("Escape")
+    assert evaluation.locator("#tip").is_hidden()
+
+
+def test_examples_are_folded_until_asked_for(evaluation):
+    fold = evaluation.locator("#items details.block").first
+    assert fold.locator(".card").first.is_hidden()
+    fold.locator("summary").first.click()
+    assert fold.locator(".card").first.is_visible()
+    more = fold.locator("details.more").first
+    assert more.locator("li").first.is_hidden()
+    more.locator("summary").click()
+    assert more.locator("li").first.is_visible()
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_an_evaluation_fits_the_screen_with_everything_open(evaluation, width):
+    evaluation.set_viewport_size({"width": width, "height": 844})
+    evaluation.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+    assert evaluation.evaluate("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_parts_of_a_bar_are_told_apart_from_paper_and_each_other(evaluation, scheme):
+    evaluation.emulate_media(color_scheme=scheme)
+    paper = evaluation.evaluate("getComputedStyle(document.body).backgroundColor")
+    colours = evaluation.locator(".parts-legend i").evaluate_all(
+        "all => all.map(e => getComputedStyle(e).backgroundColor)"
+    )
+    assert len({*colours, paper}) == 5

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralab.report import figures, spectra
+from loralab.report import curves, figures, spectra
 from loralab.report.compare import METHOD_ORDER, compare
 from loralab.report.drawing import COLOURS, RANK_SHAPES, canvas, icon, shape
 from loralab.report.labels import place_labels, spread, text_width
@@ -26,7 +26,7 @@ def calc(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(calc):
     planes = [figures.plane(calc, view, f"p{i}") for i, view in enumerate(calc.views)]
-    return [*planes, *figures.curves(calc, "c"), *spectra.figures(calc, "s")]
+    return [*planes, *curves.curves(calc, "c"), *spectra.figures(calc, "s")]
 
 
 def elements(svg, **facts):
@@ -110,7 +110,7 @@ def test_ranks_differ_in_shape_and_every_shape_can_be_drawn_on_the_page():
 
 def test_the_same_runs_give_the_same_bytes_whatever_a_person_has_set(calc, drawn):
     with matplotlib.rc_context({"lines.linestyle": ":", "axes.xmargin": 0.4, "svg.fonttype": "path", "font.size": 30}):
-        again = [figures.plane(calc, calc.views[0], "p0"), *figures.curves(calc, "c")]
+        again = [figures.plane(calc, calc.views[0], "p0"), *curves.curves(calc, "c")]
     assert [figure.svg for figure in again] == [drawn[0].svg, *(figure.svg for figure in drawn[2:6])]
 
 
@@ -154,14 +154,14 @@ def test_runs_that_read_more_per_step_are_drawn_over_tokens(tmp_path):
         (other / "metrics.jsonl").read_text().replace('"tokens": 1024', '"tokens": 4096')
     )
     (comparison,) = compare(runs_below(tmp_path))
-    for figure in figures.curves(comparison, "c"):
+    for figure in curves.curves(comparison, "c"):
         assert "tokens read" in texts(figure.svg) and "optimizer steps" not in texts(figure.svg)
 
 
 def test_a_long_training_curve_is_averaged_not_thinned(calc):
     run = Run("a", metrics=[{"step": i + 1, "loss": float(i % 2)} for i in range(1000)])
-    found = figures._training(run, lambda _, step: float(step))
-    assert len(found) <= figures.CURVE_POINTS
+    found = curves._training(run, lambda _, step: float(step))
+    assert len(found) <= curves.CURVE_POINTS
     assert found[-1][0] == 1000
     assert sum(score.value for _, score in found) / len(found) == pytest.approx(0.5, abs=0.03)
 

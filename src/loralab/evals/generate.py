@@ -1,22 +1,147 @@
-"""Answers that a model writes, most likely token after most likely token, in batches and with a cache of keys and values.
+"""Answers that a model writes: many at once, with a cache of keys and values, greedy or sampled, of a base and its deltas.
 
-Transformers' own `generate` does the work, with nothing of the model's own taste in sampling: no penalties, no temperature,
-no beams. Prompts of different lengths are padded on the left, which the attention mask hides.
+Nothing of the model's own taste in sampling has a say: no penalties, no temperature, no beams. Most models write in a batch
+that rows leave and join (`decode.write_refilling`); whether one can is read from its cache and proved on the model itself.
+The others write behind prompts of the same length with Transformers' own `generate`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from math import inf
-from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loralab.delta.several import View
+from loralab.errors import EvaluationError
+from loralab.evals.alike import write_alike
+from loralab.evals.decode import Choice, Tally, write_refilling
+from loralab.evals.passes import Passes
 from loralab.evals.probe import measuring
+from loralab.evals.sampling import Sampling
+from loralab.evals.written import Answer, Prompt, Row, Stops, cut, text_behind
+
+__all__ = [
+    "CACHED_TOKENS",
+    "Answer",
+    "Prompt",
+    "Sampling",
+    "Tally",
+    "Writer",
+    "answers",
+    "fitted",
+    "generate",
+    "room",
+    "stop_tokens",
+    "text_behind",
+]
 
 CACHED_TOKENS = 16384
 """Most tokens, prompts and answers together, whose keys and values are held at once."""
+
+
+class Writer:
+    """Writes answers to prompts.
+
+    Args:
+        model: a causal language model.
+        tokenizer: gives answers their text and finds stop texts; None leaves both out.
+        stops: tokens that end an answer; by default those of `stop_tokens`.
+        together: prompts of different lengths may share a batch; False for a model that a left padding would disturb.
+        budget: most tokens, rows × columns, whose keys and values are held at once; by default `CACHED_TOKENS`.
+
+    Attributes:
+        tally: what has been computed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        stops: Sequence[int] | None = None,
+        together: bool = True,
+        budget: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.together = model, tokenizer, together
+        if stops is None:
+            stops = stop_tokens(model, tokenizer) if tokenizer is not None else []
+        self._stops, self._budget = Stops(stops, tokenizer), budget
+        self.tally = Tally()
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
+        samples: int = 1,
+        log_probs: bool = False,
+        views: Sequence[View] = (nullcontext,),
+    ) -> list[list[list[Answer]]]:
+        """Answer each prompt.
+
+        Args:
+            prompts: what to answer; a prompt that stands there twice, or is answered several times, is read once a batch.
+            sampling: how tokens are chosen.
+            samples: answers to each prompt; greedy ones are all the same, so one is written.
+            log_probs: give the log-probability of each token.
+            views: of the model, such as its base and its deltas; by default the model as it is. All draw the same numbers.
+
+        Returns:
+            For each view, for each prompt, its samples. Model, mode and random state are left as they were.
+
+        Raises:
+            EvaluationError: a prompt without tokens, or longer with its limit than the model can read; stop texts without a
+                tokenizer; logits that are not numbers.
+        """
+        self._check(prompts)
+        written = []
+        with measuring(self.model):
+            for view in views:
+                with view():
+                    written.append(self._write(prompts, sampling, samples, log_probs))
+        return written
+
+    def _write(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples: int, log_probs: bool
+    ) -> list[list[Answer]]:
+        same: dict[tuple[int, ...], int] = {}
+        groups = [same.setdefault(tuple(prompt.tokens), len(same)) for prompt in prompts]
+        distinct = min(samples, 1) if sampling.greedy else samples
+        rows = [
+            [Row(prompt, sampling.stream(i, k), groups[i], self._stops.tokens_of(prompt)) for k in range(distinct)]
+            for i, prompt in enumerate(prompts)
+        ]
+        todo = [row for group in rows for row in group if row.prompt.limit > 0]
+        choice = Choice(sampling, self._stops, log_probs)
+        budget = self._budget or CACHED_TOKENS
+        passes = Passes(self.model) if todo and self.together else None
+        if passes is not None and passes.refill:
+            write_refilling(passes, todo, choice, budget, self.tally)
+        else:
+            write_alike(self.model, todo, choice, budget, self.tally)
+        found = [[self._answer(row, log_probs) for row in group] for group in rows]
+        return [group * samples for group in found] if distinct < samples else found
+
+    def _answer(self, row: Row, log_probs: bool) -> Answer:
+        text = None
+        if self.tokenizer is not None:
+            text = cut(text_behind(row.prompt, row.tokens, self.tokenizer), row.prompt.stop_texts)
+        return Answer(row.tokens, text, row.ended or "limit", row.log_probs if log_probs else None)
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        for i, prompt in enumerate(prompts):
+            size = len(prompt.tokens) + prompt.limit
+            what = fix = None
+            if not prompt.tokens:
+                what, fix = "a prompt has no tokens", "begin it with the tokenizer's first token"
+            elif size > room(self.model):
+                what = f"a prompt of {len(prompt.tokens)} tokens with {prompt.limit} to follow is longer than the model reads"
+                fix = f"lower the limit, or cut the prompt with `fitted`: the model reads {room(self.model)} tokens"
+            elif prompt.stop_texts and self.tokenizer is None:
+                what, fix = "a prompt has stop texts, but there is no tokenizer", "give the writer its tokenizer"
+            if what is not None:
+                raise EvaluationError(what, where=f"prompt {i + 1} of {len(prompts)}", fix=fix)
 
 
 def generate(
@@ -34,101 +159,22 @@ def generate(
         prompts: tokens of each prompt, at least one.
         limits: most new tokens of each answer.
         stops: tokens that end an answer.
-        together: prompts of different lengths may share a batch; not with a model that a left padding would disturb.
+        together: as for a `Writer`.
 
     Returns:
         New tokens of each answer, in the order of the prompts.
     """
-    answers: list[list[int]] = [[]] * len(prompts)
-    with measuring(model), _no_taste_of_its_own(model):
-        for group in _groups(prompts, limits, together, room(model)):
-            found = _continue(model, [prompts[i] for i in group], max(limits[i] for i in group), stops)
-            for i, answer in zip(group, found, strict=True):
-                answers[i] = _cut(answer[: limits[i]], stops)
-    return answers
-
-
-def _groups(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], together: bool, positions: float = inf
-) -> Iterator[list[int]]:
-    """Group prompts of about the same limit and length, up to `CACHED_TOKENS`; of the same length if they must.
-
-    All of a group are continued as far as the one of the largest limit: that must not lead any beyond the model's positions.
-    """
-    group: list[int] = []
-    longest = most = 0
-    sizes = [
-        (limit, len(prompt)) if together else (len(prompt), limit)
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
-    for i in sorted(range(len(prompts)), key=sizes.__getitem__):
-        apart = not together and len(prompts[i]) != longest
-        longest, most = max(longest, len(prompts[i])), max(most, limits[i])
-        if group and (apart or longest + most > positions or (longest + most) * (len(group) + 1) > CACHED_TOKENS):
-            yield group
-            group, longest, most = [], len(prompts[i]), limits[i]
-        group.append(i)
-    if group:
-        yield group
-
-
-def _continue(model: PreTrainedModel, prompts: list[Sequence[int]], most: int, stops: Sequence[int]) -> list[list[int]]:
-    longest = max(map(len, prompts))
-    padding = stops[0] if stops else 0
-    tokens = [[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
-    seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=most, eos_token_id=list(stops) or None, pad_token_id=padding, use_cache=True
-    )
-    write: Any = model.generate  # not declared: it comes from a mixin
-    found: torch.Tensor = write(
-        torch.tensor(tokens, device=model.device),
-        attention_mask=torch.tensor(seen, device=model.device),
-        generation_config=greedy,
-    )
-    return [[int(token) for token in row] for row in found[:, longest:].tolist()]
-
-
-@contextmanager
-def _no_taste_of_its_own(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model's own generation settings aside: Transformers would fill in from them what ours leave open."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _cut(answer: list[int], stops: Sequence[int]) -> list[int]:
-    """End an answer with its first stop token: in a batch it is padded until the last one has stopped."""
-    end = next((place for place, token in enumerate(answer, 1) if token in stops), len(answer))
-    return answer[:end]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt to be answered.
-
-    Attributes:
-        tokens: at least one. Where a token reaches over the end of the prompt, they end before it.
-        text: the prompt as it was written; None where only its tokens are known.
-        limit: most new tokens.
-    """
-
-    tokens: list[int]
-    text: str | None
-    limit: int
+    asked = [Prompt(list(tokens), None, limit) for tokens, limit in zip(prompts, limits, strict=True)]
+    (found,) = Writer(model, stops=stops, together=together).write(asked)
+    return [answer.tokens for (answer,) in found]
 
 
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, together: bool = True
 ) -> list[str]:
-    """Write an answer to each prompt, as text without special tokens; see `generate`."""
-    stops = stop_tokens(model, tokenizer)
-    limits = [prompt.limit for prompt in prompts]
-    found = generate(model, [prompt.tokens for prompt in prompts], limits=limits, stops=stops, together=together)
-    return [text_behind(prompt, answer, tokenizer) for prompt, answer in zip(prompts, found, strict=True)]
+    """Write the greedy answer to each prompt, as text without special tokens; see `Writer`."""
+    (found,) = Writer(model, tokenizer, together=together).write(prompts)
+    return [answer.text or "" for (answer,) in found]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -143,14 +189,14 @@ def room(model: PreTrainedModel) -> float:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or inf
 
 
-def text_behind(prompt: Prompt, tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode tokens that follow a prompt.
+def fitted(prompt: Prompt, positions: float) -> tuple[Prompt, int]:
+    """Cut a prompt on the left so that it fits with its answer, as lm-eval does, and tell how many tokens were cut.
 
-    They are decoded together and what the prompt wrote is taken off: alone, a tokenizer would write the beginning of a text.
+    At least one token is kept; where the limit alone is too large, it is lowered.
     """
-    before, whole = (
-        str(tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for found in (prompt.tokens, [*prompt.tokens, *tokens])
-    )
-    known = prompt.text if prompt.text is not None and whole.startswith(prompt.text) else before
-    return whole[len(known) :]
+    limit = int(min(prompt.limit, positions - 1))
+    size = len(prompt.tokens)
+    kept = int(min(size, positions - limit))
+    if kept == size:
+        return replace(prompt, limit=limit), 0
+    return replace(prompt, tokens=prompt.tokens[size - kept :], text=None, limit=limit), size - kept

@@ -137,7 +137,9 @@ class Prepared:
 
     def _row(self, numbers: list[int], batch: Batch, where: list[Int[np.ndarray, " path"]]) -> _Row:
         """Say which positions of a batch predict the continuations of these requests."""
-        wanted, targets, owners = [], [], []
+        wanted: list[Int[np.ndarray, " continuation"]] = []
+        targets: list[int] = []
+        owners: list[int] = []
         for number, row in zip(numbers, where, strict=True):
             continuation = self.unique[number].continuation
             wanted.append(row[len(row) - len(continuation) :])

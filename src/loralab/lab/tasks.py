@@ -17,6 +17,12 @@ from loralab.spec.spec import TaskSpec
 
 CLOZE = {"cipher"}
 """Skills of the pocket world that ask for the next word of a text that goes on."""
+ROW_FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
+
+
+def is_file_of_items(path: str) -> bool:
+    """Tell whether a task is named by a file of rows."""
+    return Path(path).suffix in ROW_FILES
 
 
 def look_for(task: TaskSpec) -> None:

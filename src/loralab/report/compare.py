@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from loralab.evals.stats import Score, ratio_mean, skill_scores, t95
+from loralab.evals.stats import NoiseFloor, Score, ratio_mean, skill_scores, t95
 from loralab.report.read import Run, finite, printable, source_name
 
 
@@ -199,9 +199,14 @@ def change(run: Run, side: Side | None) -> Score | None:
 
 
 def half_width(score: Score | None) -> float | None:
-    """Give half the 95 % interval (Student's t over the items), None without a standard error."""
+    """Give half the 95 % interval (Student's t over the items), None without a standard error.
+
+    Where all items came out alike, the longer side of the interval that keeps a width (`Score.interval`).
+    """
     if score is None or score.standard_error is None or score.n < 2:
         return None
+    if score.standard_error == 0 and (ends := score.interval()) is not None:
+        return max(score.value - ends[0], ends[1] - score.value)
     return t95(score.n - 1) * score.standard_error
 
 
@@ -259,8 +264,13 @@ def _paired(first: Run, second: Run, side: Side) -> Score | None:
     return Score(side.change, side.sign * value, side.unit, len(a), error) if math.isfinite(value) else None
 
 
-def tied(first: Run, second: Run, side: Side) -> bool:
-    """Tell whether the 95 % interval of the difference holds 0; without an interval nothing can be told apart."""
+def tied(first: Run, second: Run, side: Side, luck: NoiseFloor | None = None) -> bool:
+    """Tell whether the 95 % interval of the difference holds 0; without an interval nothing can be told apart.
+
+    With `luck`, the spread between seeds, the interval covers both: the choice of items and the luck of two trainings.
+    """
     found = difference(first, second, side)
     half = half_width(found)
-    return found is None or half is None or abs(found.value) <= half
+    if found is None or half is None:
+        return True
+    return abs(found.value) <= math.hypot(half, luck.smallest_detectable() if luck is not None else 0.0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any
+from typing import Any, Protocol
 from xml.etree import ElementTree
 
 import matplotlib
@@ -25,6 +25,9 @@ from loralab.report.read import Run
 
 COLOURS = {"full": "#D55E00", "lora": "#0072B2", "lora_plus": "#009E73", "cola": "#CC79A7", "peft": "#E69F00"}
 """One colour per method on all pages, told apart by the colour-blind too (Okabe & Ito)."""
+
+DELTA_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4FA3", "#8C6D31")
+"""Colours of an evaluation's deltas, in their order, from the same palette."""
 
 BASE_COLOUR = "#8A8F98"
 RANK_SHAPES = ("o", "v", "s", "D", "^", "<", "P", "X", "*")
@@ -61,6 +64,16 @@ ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", _XLINK)
 
 
+class Named(Protocol):
+    """What a mark can stand for: a run, or a model of an evaluation."""
+
+    @property
+    def folder(self) -> str: ...
+
+    @property
+    def method(self) -> str: ...
+
+
 def colour(method: str) -> str:
     """Give the colour of a method."""
     return COLOURS.get(method, BASE_COLOUR)
@@ -75,7 +88,12 @@ def shape(run: Run) -> str:
 
 def icon(run: Run) -> str:
     """Give the marker of a run as an SVG path around the origin, 1 wide: what names the run outside of figures."""
-    marker = MarkerStyle(shape(run))
+    return marker_path(shape(run))
+
+
+def marker_path(name: str) -> str:
+    """Give a marker as an SVG path around the origin, 1 wide."""
+    marker = MarkerStyle(name)
     words = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
     parts = []
     for corners, code in marker.get_path().iter_segments(marker.get_transform()):
@@ -117,7 +135,7 @@ class Canvas:
         made.tick_params(length=0)
         return made
 
-    def mark(self, artist: Artist, run: Run | None, tip: str = "", *, stop: bool = False) -> None:
+    def mark(self, artist: Artist, run: Named | None, tip: str = "", *, stop: bool = False) -> None:
         """Say what an artist stands for; with a tip it answers the pointer, with `stop` the keyboard reaches it too."""
         facts = {"class": "mark" if tip else "part"}
         if run is not None:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from loralab.report.drawing import FAINT, SIZE, Canvas
-from loralab.report.read import Run
+from loralab.report.drawing import FAINT, SIZE, Canvas, Named
 
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 Box = tuple[float, float, float, float]
@@ -96,7 +95,7 @@ def right_margin(labels: Sequence[str]) -> float:
     return min(190.0, 16 + text_width(max(labels, key=len), SIZE - 1))
 
 
-def name_ends(made: Canvas, axes: Axes, ends: Sequence[tuple[Run, str, float, float]]) -> None:
+def name_ends(made: Canvas, axes: Axes, ends: Sequence[tuple[Named, str, float, float]]) -> None:
     """Write the name of each run at the right, level with the end (x, y) of its line as far as there is room."""
     frame, to_axes = axes.get_window_extent(), axes.transAxes.inverted()
     pixels = [axes.transData.transform((x, y)) for _, _, x, y in ends]

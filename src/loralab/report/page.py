@@ -1,25 +1,22 @@
-"""One self-contained HTML page about a run or a folder of runs: no network, no date of building, the same bytes each time."""
+"""One self-contained HTML page about a run, a folder of runs, or an evaluation.
 
-import base64
-import hashlib
-import shlex
+No network, no date of building, the same bytes each time.
+"""
+
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from loralab.console import size
 from loralab.errors import FolderError
-from loralab.report import figures, spectra, tables
-from loralab.report.compare import METHOD_NAMES, METHOD_ORDER, Comparison, Side, View, compare, half_width, method_label
+from loralab.lab.evaluation import Evaluation, is_evaluation, read_evaluation
+from loralab.report import curves, evaluation, figures, items, provenance, seeds, spectra, tables
+from loralab.report.compare import METHOD_NAMES, METHOD_ORDER, Comparison, Side, View, compare, method_label
 from loralab.report.drawing import colour, icon
 from loralab.report.read import Run, runs_below
+from loralab.report.rendering import inlined, rendered
 from loralab.report.verdict import verdict
 from loralab.report.wording import whole
 from loralab.run.folder import write_atomic
 
-TEMPLATES = Path(__file__).with_name("templates")
 STATES = {
     "done": "finished",
     "new": "not begun",
@@ -31,7 +28,7 @@ STATES = {
 
 
 def write(path: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of a run folder, or of a folder that holds run folders (or groups of them).
+    """Write the report of a run folder, of a folder that holds run folders (or groups of them), or of an evaluation.
 
     Args:
         path: the folder.
@@ -41,42 +38,32 @@ def write(path: str | Path, out: str | Path | None = None) -> Path:
         The page's file.
 
     Raises:
-        FolderError: there is no such folder, no run in it, or the page cannot be written.
+        FolderError: there is no such folder, no run in it, the evaluation is damaged, or the page cannot be written.
         Interrupted: the disk is full.
     """
-    runs = runs_below(path)
+    found = read_evaluation(path) if is_evaluation(path) else runs_below(path)
     target = Path(path, "report.html") if out is None else Path(out)
     if target.is_dir():
         raise FolderError("the page's file is a folder", where=str(target), fix="name a file: --out report.html")
-    write_atomic(target, render(runs, Path(path).resolve().name))
+    name = Path(path).resolve().name
+    write_atomic(target, evaluation.render(found, name) if isinstance(found, Evaluation) else render(found, name))
     return target
 
 
 def render(runs: list[Run], name: str) -> str:
     """Give the page as text; `name` is what the person calls the folder."""
-    style, script = ((TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     comparisons = compare(runs)
     told = {run.folder for comparison in comparisons for run in comparison.finished}
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        "page.html.j2",
         name=name,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        colours={method: colour(method) for method in METHOD_ORDER},
-        methods=_methods(runs),
+        kind="report on",
+        chips=[(method, title, colour(method)) for method, title in _methods(runs)],
+        chips_of="methods",
         runs=runs,
         sections=[_section(comparison, f"c{i}") for i, comparison in enumerate(comparisons, start=1)],
         unfinished=[(run, method_label(run), _why(run)) for run in runs if run.folder not in told or run.problems],
-        provenance=[_provenance(run, name) for run in runs],
-        zero_width=any(_has_no_width(run) for run in runs),
+        provenance=[provenance.of_run(run, name) for run in runs],
     )
 
 
@@ -103,10 +90,15 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "runs": [_named(comparison, run) for run in comparison.runs],
         "verdict": verdict(comparison),
         "results": results or [("", *tables.results(comparison, View(None, None), everything=True))],
-        "planes": _inlined([figure for figure in planes if figure is not None]),
-        "curves": _inlined(figures.curves(comparison, key)),
+        "planes": inlined([figure for figure in planes if figure is not None]),
+        "curves": inlined(curves.curves(comparison, key)),
+        "skill_curves": inlined(curves.skill_curves(comparison, key)),
+        "sides": items.sides(comparison),
+        "changed": [(_named(comparison, run), *items.changed(comparison, run)) for run in comparison.runs],
+        "seeds": seeds.table(comparison),
+        "probe_cost": tables.probe_cost(comparison),
         "skills": tables.skills(comparison),
-        "spectra": _inlined(spectra.figures(comparison, key)),
+        "spectra": inlined(spectra.figures(comparison, key)),
         "inside": tables.inside(comparison),
         "samples": _samples(comparison),
         "cost": tables.cost(comparison),
@@ -125,11 +117,6 @@ def _named(comparison: Comparison, run: Run) -> dict[str, Any]:
     }
 
 
-def _inlined(drawn: list[figures.Drawn]) -> list[dict[str, Any]]:
-    # The SVG is our own, and every text in it was escaped when it was written.
-    return [{"svg": Markup(figure.svg), "title": figure.title, "caption": figure.caption} for figure in drawn]
-
-
 def _progress(run: Run) -> str:
     word = STATES.get(run.state, run.state)
     step, total = run.fact("step"), run.fact("total_steps")
@@ -142,10 +129,6 @@ def _why(run: Run) -> str:
     said = run.status.get("message")
     parts = [str(said).partition("\n")[0]] if said and run.state != "done" else []
     return "; ".join([_progress(run), *parts, *run.problems])
-
-
-def _has_no_width(run: Run) -> bool:
-    return any(score.unit == "share of items" and half_width(score) == 0 for score in run.after.values())
 
 
 # Samples
@@ -170,61 +153,3 @@ def _samples(comparison: Comparison) -> list[dict[str, Any]]:
         for (role, skill, prompt, reference), card in asked.items()
     ]
     return sorted(cards, key=lambda card: card["role"] != "new task")
-
-
-# Provenance
-
-
-def _provenance(run: Run, name: str) -> dict[str, Any]:
-    """Say where a run came from and how to repeat it; the name of the machine stays out of a page that is passed on."""
-    facts = run.environment
-    command, packages = facts.get("command"), facts.get("packages")
-    memory = facts.get("memory_bytes")
-    hardware = [
-        str(facts[key]) + unit for key, unit in (("platform", ""), ("cores", " cores")) if facts.get(key) is not None
-    ]
-    if isinstance(memory, int | float):
-        hardware.append(f"{size(memory)} memory")
-    report = facts.get("data_report")
-    folder = name if run.folder == "." else f"{name}/{run.folder}"
-    return {
-        "run": run,
-        "label": method_label(run),
-        "folder": folder,
-        "again": shlex.join(["loralab", "train", f"{folder}/spec.yaml", "--runs", "runs-again"]) if run.spec else "",
-        "command": _command(command) if isinstance(command, list) and command else "",
-        "date": str(facts.get("date") or ""),
-        "hardware": ", ".join(hardware),
-        "versions": ", ".join(f"{k} {v}" for k, v in {"Python": facts.get("python"), **_plain(packages)}.items() if v),
-        "commit": _commit(facts),
-        "marks": {name: mark for name, mark in {"base weights": run.base_mark, **run.data_marks}.items() if mark},
-        "rows": _rows(report) if isinstance(report, dict) else {},
-    }
-
-
-def _command(words: list[Any]) -> str:
-    first = str(words[0]).replace("\\", "/").rpartition("/")[2]
-    return shlex.join([first, *map(str, words[1:])])
-
-
-def _plain(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
-
-
-def _commit(facts: dict[str, Any]) -> str:
-    if not facts.get("git_commit"):
-        return ""
-    return f"{facts['git_commit']}{', with changes that were not committed' if facts.get('git_dirty') else ''}"
-
-
-def _rows(report: dict[str, Any]) -> dict[str, str]:
-    """Count what was read, per part of the data."""
-    made = {}
-    for part, found in report.items():
-        total = _plain(_plain(found).get("total"))
-        counts = [
-            f"{whole(total[key])} {key}" for key in ("rows", "examples", "tokens") if isinstance(total.get(key), int)
-        ]
-        if counts:
-            made[str(part)] = ", ".join(counts)
-    return made

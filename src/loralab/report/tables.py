@@ -103,6 +103,27 @@ def _fact(run: Run, key: str, write: Callable[[float | None], str]) -> Cell:
     return Cell(write(value), value)
 
 
+def probe_share(run: Run) -> float | None:
+    """Give the share of a run's time that its probes took, None where it was not recorded."""
+    probes, wall = run.fact("probe_s"), run.fact("wall_s")
+    return probes / wall if probes is not None and wall else None
+
+
+def probe_cost(comparison: Comparison) -> str:
+    """Say what the probes cost, "" where it was not recorded."""
+    found = [(run, cost) for run in comparison.runs if (cost := probe_share(run)) is not None]
+    if not found:
+        return ""
+    shares = sorted(cost for _, cost in found)
+    spread = share(shares[0]) if shares[0] == shares[-1] else f"{share(shares[0])} to {share(shares[-1])}"
+    seconds = sum(run.fact("probe_s") or 0.0 for run, _ in found)
+    tokens = [count for run, _ in found if (count := run.fact("probe_tokens")) is not None]
+    read = f", over {whole(sum(tokens))} tokens" if tokens else ""
+    who = "the run" if len(found) == 1 else "each run"
+    total = "" if len(found) == 1 else " in all"
+    return f"Probes took {spread} of the time of {who}: {duration(seconds)}{total}{read}."
+
+
 def _bytes(value: float | None) -> str:
     return NOTHING if value is None else size(value)
 
@@ -226,10 +247,11 @@ class Bars:
 
 
 def cost(comparison: Comparison) -> list[Bars]:
-    """Give time, tokens, peak memory and trained share, of those that are known."""
+    """Give time, the probes' part of it, tokens, peak memory and trained share, of those that are known."""
     made = []
     for title, read, write in (
         ("Time", lambda run: run.fact("wall_s"), duration),
+        ("Share of the time that probes took", probe_share, share),
         ("Peak memory", lambda run: run.fact("peak_bytes"), _bytes),
         ("Tokens read", lambda run: run.fact("tokens"), whole),
         ("Share of the model that is trained", lambda run: run.trained_share, share),

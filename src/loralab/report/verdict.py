@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from loralab.evals.stats import Score
 from loralab.report.compare import NATS, Comparison, Side, change, half_width, level, tied
 from loralab.report.read import Run
+from loralab.report.seeds import luck
 from loralab.report.wording import joined, measured, number
 
 Ranked = list[tuple[Run, Score]]
@@ -37,7 +38,7 @@ def verdict(comparison: Comparison) -> Verdict:
         comparison.name,
         _sentence(first) or "What was learned was not measured: give data.validation or probes.target.",
         _sentence(second) or "What was forgotten was not measured: give data.general or probes.source.",
-        limit(runs),
+        limit(runs, with_luck=any(luck(comparison, side) is not None for side in (learning, forgetting) if side)),
     )
 
 
@@ -54,8 +55,13 @@ def _telling(comparison: Comparison, sides: Sequence[Side | None]) -> tuple[Side
     return known[0] if known else None, ""
 
 
-def limit(runs: Sequence[Run]) -> str:
-    """Say how many seeds there are, and what a tie is where there is something to compare."""
+def limit(runs: Sequence[Run], *, with_luck: bool = False) -> str:
+    """Say how many seeds there are, and what a tie is where there is something to compare.
+
+    Args:
+        runs: those that are judged.
+        with_luck: whether some of them differ by nothing but their seed, so that the luck of training is known.
+    """
     seeds = sorted({str(run.at("seed")) for run in runs})
     said = (
         f"One seed ({seeds[0]})"
@@ -63,6 +69,8 @@ def limit(runs: Sequence[Run]) -> str:
         else f"{len(seeds)} seeds ({', '.join(seeds)}), each a run of its own"
     )
     text = f"{said}: the intervals cover the choice of test items, not the luck of training."
+    if with_luck:
+        return f"{text} Runs tie where their difference is within both together."
     if len(runs) > 1:
         text += " Runs tie where the 95\N{NO-BREAK SPACE}% interval of their difference holds zero."
     return text
@@ -74,9 +82,10 @@ def ranked(comparison: Comparison, side: Side | None, *, best: object) -> Ranked
     return sorted(found, key=lambda item: -item[1].value if best is max else item[1].value)
 
 
-def ties(order: Ranked, side: Side) -> list[Run]:
+def ties(comparison: Comparison, order: Ranked, side: Side) -> list[Run]:
     """Give the best run and all that cannot be told from it."""
-    return [run for run, _ in order if run is order[0][0] or tied(order[0][0], run, side)]
+    seeds = luck(comparison, side)
+    return [run for run, _ in order if run is order[0][0] or tied(order[0][0], run, side, seeds)]
 
 
 def _learned(comparison: Comparison, side: Side, order: Ranked) -> str:
@@ -90,7 +99,7 @@ def _learned(comparison: Comparison, side: Side, order: Ranked) -> str:
         if _is_nothing(score):
             return f"{name(first)} learned nothing that can be told from zero: {amount}"
         return f"{name(first)} learned {amount}" if score.value > 0 else f"{name(first)} became worse: {amount}"
-    best = ties(order, side)
+    best = ties(comparison, order, side)
     rest = [(run, score) for run, score in order if run not in best]
     if not rest:
         ends = f"from {amount} for {name(first)} to {measured(order[-1][1], signed=True)} for {name(order[-1][0])}"
@@ -110,7 +119,7 @@ def _forgot(comparison: Comparison, side: Side, order: Ranked) -> str:
             told = f"{measured(score)}{_unit(side)}{way}"
             return f"it lost nothing {skills} that can be told from zero: {told}"
         return f"it lost {amount}{way}"
-    best = ties(order, side)
+    best = ties(comparison, order, side)
     rest = [(run, score) for run, score in order if run not in best]
     if not rest:
         ends = f"from {amount} for {name(first)} to {measured(order[-1][1])} for {name(order[-1][0])}"
@@ -122,7 +131,8 @@ def _forgot(comparison: Comparison, side: Side, order: Ranked) -> str:
 def _trail(comparison: Comparison, rest: Ranked, side: Side, did: str, amount: str) -> str:
     """Name the last of those behind the best, and all of them that cannot be told from it."""
     last = rest[-1][0]
-    same = [comparison.label(run) for run, _ in reversed(rest) if run is last or tied(last, run, side)]
+    seeds = luck(comparison, side)
+    same = [comparison.label(run) for run, _ in reversed(rest) if run is last or tied(last, run, side, seeds)]
     if len(same) == 1:
         return f"{same[0]} {did}, {amount}"
     return f"{joined(same)} {did} (a tie), {same[0]} with {amount}"
@@ -134,9 +144,9 @@ def _cheapest(
     """Of several runs that tie in learning, name the one that forgot least, if that can be told."""
     if learning is None or forgetting is None:
         return ""
-    best = ties(learned, learning)
+    best = ties(comparison, learned, learning)
     order = [(run, score) for run, score in forgot if run in best]
-    if not 1 < len(order) < len(forgot) or len(least := ties(order, forgetting)) == len(order):
+    if not 1 < len(order) < len(forgot) or len(least := ties(comparison, order, forgetting)) == len(order):
         return ""
     name = joined([comparison.label(run) for run in least])
     return f"; of those that learned most, {name} forgot least, {measured(order[0][1])}"

@@ -1,0 +1,195 @@
+"""Evaluates a base and its deltas on tasks, in one pass over the data: the composition of an evaluation."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loralab.base.model import Base, load
+from loralab.delta.several import Wardrobe
+from loralab.errors import ModelError
+from loralab.evals.catalogue import Wanted, load_tasks
+from loralab.evals.code import read_problems
+from loralab.evals.exam import Exam
+from loralab.evals.exams import ItemExam, code_exam, written_exam
+from loralab.evals.suites import PROGRAMS, SUITES, Suite
+from loralab.evals.tasks import Task
+from loralab.evals.texts import TextEngine
+from loralab.lab.deltas import names_of, read_delta
+from loralab.lab.evaluation import BASE, Evaluation
+from loralab.lab.index import is_run, read_spec
+from loralab.lab.judge import Judged, curves_of, diversity_of, suite_mean
+from loralab.lab.measured import Measured
+from loralab.lab.questions import Questions, refuse_before_loading
+from loralab.lab.tasks import is_file_of_items, read_tasks
+from loralab.pocket import world
+from loralab.run.folder import environment
+from loralab.spec.spec import TaskSpec
+from loralab.training.loss import LanguageHead
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    deltas: Sequence[str] = (),
+    out: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    **asked: Any,
+) -> Evaluation:
+    """Evaluate a base, and each delta paired against it, on tasks and suites.
+
+    Args:
+        model: folder or hub id of the base; or a run folder, which stands for its base and its delta.
+        tasks: names of lm-eval's catalogue, suites (`forgetting`, `math`, `code`, `superglue`), `pocket:NAME`, or files of
+            rows {prompt, completion[, choices, right, skill]}.
+        deltas: PEFT folders, run folders, or fully fine-tuned checkpoints.
+        out: folder for the results; None writes none.
+        revision: of a hub base.
+        dtype: `auto`, `float32` or `bfloat16`.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+        trust_remote_code: run the base's own code.
+        asked: further fields of `Questions`: limit, fewshot, data, include, chat, samples, temperature, top_p, seed, unsafe.
+
+    Raises:
+        LoralabError: an unknown task, a delta for another base, data that cannot be had or lack columns, …
+    """
+    begin = time.perf_counter()
+    questions = Questions(list(tasks), **asked)
+    refuse_before_loading(questions)
+    paths = list(deltas)
+    if is_run(Path(model)):
+        paths.insert(0, model)
+        model = str(read_spec(Path(model) / "spec.yaml")[1]["model"]["path"])
+    base = load(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if type(base.model).__name__.endswith("MaskedLM"):
+        fix = "its pseudo-log-likelihood is a probe; take a causal language model here"
+        raise ModelError("a model that reads both ways cannot answer these tasks", where=model, fix=fix)
+    assert base.tokenizer is not None
+    engine = TextEngine(LanguageHead(base.model), base.tokenizer)
+    exams = exams_of(questions, engine)
+    names = names_of(paths)
+    wardrobe = Wardrobe(base.model, {n: read_delta(p, base) for n, p in zip(names, paths, strict=True)})
+    found = _taken(exams, questions, engine, wardrobe)
+    facts = _facts(base, names, paths, questions, engine) | {"suites": found.facts["suites"]}
+    facts["cost"] = _cost(engine, time.perf_counter() - begin)
+    evaluation = Evaluation(found.models, found.measured, found.items, facts, found.curves, found.diversity)
+    if out is not None:
+        evaluation.write(out)
+    return evaluation
+
+
+def exams_of(questions: Questions, engine: TextEngine) -> dict[str, list[Exam]]:
+    """Build the exams of every name that was asked for; one that comes again counts once.
+
+    Raises:
+        LoralabError: data that cannot be had, or do not fit.
+    """
+    seen: set[tuple[str, str]] = set()
+    found: dict[str, list[Exam]] = {}
+    for name in questions.tasks:
+        suite = SUITES.get(name)
+        for part in suite.parts if suite else (name,):
+            for exam in _exams(part, suite, questions, engine):
+                key = (exam.card.name, exam.card.prompt_hash + str(getattr(exam, "metric", "")))
+                if suite is not None or key not in seen:
+                    found.setdefault(name, []).append(exam)
+                seen.add(key)
+    return found
+
+
+def _exams(name: str, suite: Suite | None, questions: Questions, engine: TextEngine) -> list[Exam]:
+    if name in PROGRAMS:
+        path = questions.data_of(name).get("test", PROGRAMS[name])
+        problems = read_problems(path)[: questions.limit]
+        sampled: dict[str, Any] = {"samples": questions.samples, "sampling": questions.sampling}
+        return [code_exam(name, problems, engine, **sampled, unsafe=questions.unsafe)]
+    if world.is_address(name) or is_file_of_items(name):
+        return _item_exams(name, questions, engine)
+    fewshot = questions.fewshot if questions.fewshot is not None or suite is None else suite.fewshot
+    include = (*questions.include, *(suite.include if suite else ()))
+    wanted = Wanted(name, questions.limit, fewshot, questions.data_of(name), include, questions.chat)
+    return list(load_tasks([wanted], engine, unsafe=questions.unsafe))
+
+
+def _item_exams(name: str, questions: Questions, engine: TextEngine) -> list[Exam]:
+    """Split the items of an address or file by skill, and ask what each can be asked."""
+    exams: list[Exam] = []
+    for task in read_tasks([TaskSpec(path=name, items=questions.limit)]):
+        for skill in dict.fromkeys(item.skill for item in task.items):
+            mine = Task([item for item in task.items if item.skill == skill], task.grade, task.ends)
+            if task.grade is not None and questions.samples > 1:
+                sampled: dict[str, Any] = {"samples": questions.samples, "sampling": questions.sampling}
+                exams.append(written_exam(skill, mine.items, task.grade, engine, **sampled))
+                continue
+            if task.ends:
+                exams.append(ItemExam(mine, engine, "accuracy"))
+            if any(item.choices for item in mine.items):
+                exams.append(ItemExam(mine, engine, "choice"))
+    return exams
+
+
+def _taken(
+    exams: Mapping[str, Sequence[Exam]], questions: Questions, engine: TextEngine, wardrobe: Wardrobe
+) -> Evaluation:
+    """Take every exam on all models and judge it."""
+    models = [BASE, *wardrobe.names]
+    measured: list[Measured] = []
+    items, curves, diversity = (list[dict[str, Any]]() for _ in range(3))
+    suites: dict[str, list[str]] = {}
+    for name, mine in exams.items():
+        counted: list[Judged] = []
+        for exam in mine:
+            outcomes = exam.outcomes(wardrobe.views())
+            wanted = SUITES[name].parts.get(exam.card.name) if name in SUITES else None
+            for metric in outcomes[0][0].values:
+                judged = Judged(exam, metric, models, outcomes)
+                measured += judged.measured()
+                items += judged.rows(outcomes)
+                if metric == wanted or wanted is None:
+                    counted.append(judged)
+            curves += curves_of(exam.card.name, models, outcomes)
+            diversity += diversity_of(exam.card.name, models, outcomes)
+        if name in SUITES:
+            suites[name] = [one.name for one in counted]
+            measured += suite_mean(name, counted)
+        elif world.is_address(name) or is_file_of_items(name):
+            for metric in dict.fromkeys(one.metric for one in counted):
+                parts = [one for one in counted if one.metric == metric]
+                if len(parts) > 1:
+                    title = f"{name} by {metric}"
+                    suites[title] = [one.name for one in parts]
+                    measured += suite_mean(title, parts)
+    return Evaluation(models, measured, items, {"suites": suites}, curves, diversity)
+
+
+def _facts(
+    base: Base, names: Sequence[str], paths: Sequence[str], questions: Questions, engine: TextEngine
+) -> dict[str, Any]:
+    asked = asdict(questions)
+    return {
+        "model": base.path,
+        "fingerprint": base.fingerprint,
+        "revision": base.revision,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "deltas": {name: {"path": path} for name, path in zip(names, paths, strict=True)},
+        **asked,
+        "sampling": asdict(questions.sampling),
+        "environment": environment(),
+    }
+
+
+def _cost(engine: TextEngine, seconds: float) -> dict[str, Any]:
+    scoring, writing = engine.likelihood.tally, engine.writer.tally
+    return {
+        "forwards": scoring.forwards,
+        "tokens": scoring.tokens,
+        "plain_tokens": scoring.plain_tokens,
+        "truncated": scoring.truncated,
+        "writing": asdict(writing),
+        "seconds": round(seconds, 3),
+    }

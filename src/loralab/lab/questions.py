@@ -1,0 +1,94 @@
+"""What an evaluation is asked: names of tasks and suites, and how they are put."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loralab.errors import EvaluationError
+from loralab.evals.catalogue import refuse_unknown
+from loralab.evals.generate import Sampling
+from loralab.evals.suites import PROGRAMS, SUITES
+from loralab.lab.tasks import is_file_of_items
+from loralab.pocket import world
+
+
+def names(text: str) -> list[str]:
+    """Split names at commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """Read TASK[:SPLIT]=FILE. Raises EvaluationError where no file stands behind a name."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, _, file = text.partition("=")
+        if not key or not file:
+            fix = "write --data hellaswag=validation.jsonl"
+            raise EvaluationError(f"{text!r} does not say which file belongs to which task", where="--data", fix=fix)
+        found[key] = file
+    return found
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is to be asked.
+
+    Attributes:
+        tasks: names of tasks, groups, tags or suites; addresses of the pocket world; files of items.
+        limit: most items of each task.
+        fewshot: examples before each item; None is each task's own number.
+        data: `task` or `task:split` → file.
+        include: folders with more tasks in lm-eval's format.
+        chat: put prompts through the chat template.
+        samples: answers to each prompt of tasks that are sampled.
+        temperature: of these samples; 0 is greedy.
+        top_p: of these samples.
+        seed: of these samples.
+        unsafe: run programs without protection where this machine offers none.
+    """
+
+    tasks: Sequence[str]
+    limit: int | None = None
+    fewshot: int | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    include: Sequence[str] = ()
+    chat: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    top_p: float = 0.95
+    seed: int = 0
+    unsafe: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """How samples are drawn: P1's temperature 0.2 for one pass@1 over several, greedy for a single one."""
+        warm = (0.2 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
+        return Sampling(temperature=warm, top_p=self.top_p if warm else 1.0, seed=self.seed)
+
+    def data_of(self, task: str) -> dict[str, str]:
+        """Give the files of a task by split."""
+        found = {}
+        for key, file in self.data.items():
+            name, _, split = key.partition(":")
+            if name == task:
+                found[split or "test"] = file
+        return found
+
+
+def refuse_before_loading(questions: Questions) -> None:
+    """Look whether every name can be meant before a model is loaded."""
+    if not questions.tasks:
+        raise EvaluationError("no task is named", where="--tasks", fix="write --tasks hellaswag,arc_challenge")
+    if questions.samples < 1:
+        raise EvaluationError(f"{questions.samples} samples", where="--samples", fix="ask for 1 or more")
+    _ = questions.sampling
+    known = {part for name in questions.tasks for part in (SUITES[name].parts if name in SUITES else [name])}
+    for key in questions.data:
+        if key.partition(":")[0] not in known:
+            fix = f"tasks asked for: {', '.join(sorted(known))}"
+            raise EvaluationError(f"data is given for {key.partition(':')[0]!r}, which is not asked", fix=fix)
+    for name in sorted(known):
+        if world.is_address(name):
+            world.suite(name, 1)
+        elif not is_file_of_items(name) and name not in PROGRAMS:
+            suite = next((SUITES[n] for n in questions.tasks if n in SUITES and name in SUITES[n].parts), None)
+            refuse_unknown(name, (*questions.include, *(suite.include if suite else ())))
