@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
+from battery import World as MethodWorld
 from battery import fresh_base
+from battery import world as world_of
 
 from loralab.base.data import Batch, collate
 from loralab.base.text import Example
 from loralab.errors import DeltaError
-from loralab.evals.drift import TextProbe, lower_bound_kl
+from loralab.evals.drift import TextProbe, exact_kl, lower_bound_kl, on_prompts
 from loralab.evals.probe import Reading
 from loralab.evals.stats import mean_score, ratio_mean
 from loralab.training.loss import LanguageHead
+from tiny import tiny
 
 TOKENS = 101
 
@@ -237,3 +240,193 @@ def test_a_probe_leaves_random_state_and_mode_as_they_were(training):
     assert world.model.training == training
     assert modes and not any(modes), "a probe reads in evaluation mode"
     assert all(p.grad is None for p in world.model.parameters())
+
+
+def train(w: MethodWorld, by: float) -> None:
+    """Move what a method trains."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in w.base.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=by)
+
+
+# The two historic mistakes
+
+
+def counting_model() -> torch.nn.Module:
+    """Make a model that is sure that token t is followed by t + 1: no layer adds anything, the head reads the embedding."""
+    model = fresh_base().model
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+    embedding = torch.nn.functional.one_hot(torch.arange(101) % 32, 32).float()
+    model.model.embed_tokens.weight.copy_(embedding)
+    model.model.norm.weight.fill_(1.0)
+    model.lm_head.weight.copy_(10 * embedding.roll(1, 0))  # row v holds the embedding of v − 1
+    return model
+
+
+def test_targets_are_the_next_tokens():
+    """A text that counts is read without loss; with targets that were not shifted, the same probe finds it improbable."""
+    model = counting_model()
+    batch = collate([Example(list(range(start, start + 12)), [True] * 12) for start in (0, 5, 15)])
+    probe = TextProbe("general", [batch], LanguageHead(model))
+    # Four of the 101 tokens share an embedding modulo 32: the right one and up to three like it.
+    assert probe.read_base().scores[0].value == pytest.approx(math.log(4), abs=0.3)
+    late = Batch(batch.tokens, batch.positions, batch.tokens, batch.lengths)
+    assert TextProbe("general", [late], LanguageHead(model)).read_base().scores[0].value > 20
+
+
+@pytest.mark.parametrize("case", ["lora", "full", "peft-pissa"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_base_is_the_base_under_a_delta_that_is_not_nothing(case, exact):
+    """A 'before' taken on a model that wears a trained adapter would hide what that adapter had done already."""
+    w = world_of(case)
+    pristine = TextProbe("general", batches(documents()), LanguageHead(fresh_base().model)).read_base()
+    train(w, 0.3)
+    found = {}
+    for name, without in (("right", w.method.without()), ("wrong", None)):
+        probe = TextProbe(
+            "general", batches(documents()), w.head, drift=True, exact=w.method.without if exact and without else None
+        )
+        base = probe.read_base(without)
+        found[name] = column(base, "loss_sum"), {s.name: s.value for s in probe.read(1).scores}
+        if without:
+            with pytest.raises(DeltaError, match="differs from its base before training"):
+                probe.read(0)
+    tolerance = {"rtol": 1e-5} if case == "peft-pissa" else {"rtol": 0}
+    np.testing.assert_allclose(found["right"][0], column(pristine, "loss_sum"), **tolerance)
+    assert not np.allclose(found["wrong"][0], column(pristine, "loss_sum"), rtol=1e-2)
+    assert found["wrong"][1]["general/loss_rise"] == found["wrong"][1]["drift/kl"] == 0, "the mistake sees no change"
+    assert abs(found["right"][1]["general/loss_rise"]) > 0.01 and found["right"][1]["drift/kl"] > 0.01
+
+
+# Exact, and what the bound leaves out
+
+
+@pytest.mark.parametrize("case", ["lora", "full", "lora-embedding", "peft-head"])
+def test_a_second_forward_gives_the_exact_divergence(case):
+    w = world_of(case)
+    train(w, 0.1)
+    found = {}
+    for kind, keys in {
+        "exact": {"exact": w.method.without},
+        "bound": {"top_k": 8},
+        "whole": {"top_k": TOKENS},
+    }.items():
+        probe = TextProbe("general", batches(documents()), LanguageHead(w.base.model, chunk=5), drift=True, **keys)
+        base = {s.name: s for s in probe.read_base(w.method.without()).scores}
+        scores = {s.name: s for s in probe.read(1).scores}
+        found[kind] = scores["drift/kl"]
+        assert ("drift/covered" in base) == (kind != "exact") == (probe.cached_bytes > 0)
+        assert scores["drift/top1_flips"].value > 0
+    assert found["exact"].unit == "nats/token" and found["bound"].unit == "nats/token (lower bound)"
+    assert found["bound"].value < found["exact"].value == pytest.approx(found["whole"].value, rel=1e-4)
+    assert found["exact"].standard_error == pytest.approx(found["whole"].standard_error, rel=1e-3)
+
+
+def test_an_exact_reading_leaves_the_delta_on():
+    w = world_of("lora")
+    probe = TextProbe("general", batches(documents()), w.head, drift=True, exact=w.method.without)
+    probe.read_base(w.method.without())
+    assert {s.name: s.value for s in probe.read(0).scores}["drift/kl"] == 0
+    train(w, 0.1)
+    assert probe.read(1) == probe.read(2)
+    assert probe.read(1).scores[1].value != 0
+
+
+def test_the_exact_divergence_is_finite_where_a_token_is_impossible():
+    log_p = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    log_q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert float(exact_kl(log_p, log_q)) == pytest.approx(0.5 * math.log(2))
+    assert float(exact_kl(log_p, log_p)) == 0
+
+
+def test_it_is_said_how_much_of_the_base_the_kept_tokens_cover():
+    for top_k in (3, 64):
+        world = World(top_k=top_k)
+        score = next(s for s in world.probe.read_base().scores if s.name == "drift/covered")
+        _, counts, log_p = world.alone()
+        mass = [float(p.exp().topk(top_k).values.sum()) for p in log_p]
+        assert score.value == pytest.approx(sum(mass) / counts.sum(), rel=1e-5)
+        assert score.n == len(counts) and score.unit == "share of probability"
+
+
+def test_drift_on_the_new_task_has_its_own_name():
+    world = World()
+    probe = TextProbe("target", world.probe.batches, world.probe.head, drift=True, prefix="target_")
+    names = [s.name for s in probe.read_base().scores]
+    assert names == ["target/loss", "drift/target_covered"]
+    names = [s.name for s in probe.read(0).scores]
+    assert names == ["target/loss", "target/loss_rise", "drift/target_kl", "drift/target_top1_flips"]
+
+
+@pytest.mark.parametrize(
+    ("labelled", "read"),
+    [
+        ([0, 0, 0, 1, 1], [0, 1, 1, 1, 0]),  # a prompt of three: its tokens, and the first of the answer
+        ([0, 1, 1, 1, 1], [0, 1, 1, 1, 1]),  # text without a prompt
+        ([0, 0, 0, 0, 0], [0, 1, 1, 1, 1]),
+        ([0, 0, 1, 0, 1], [0, 1, 1, 0, 0]),
+    ],
+)
+def test_prompts_are_read_up_to_the_first_token_of_the_answer(labelled, read):
+    example = Example([7, 8, 9, 10, 11], [bool(x) for x in labelled])
+    (found,) = on_prompts([example])
+    assert found.labelled.tolist() == [bool(x) for x in read] and found.tokens.tolist() == example.tokens.tolist()
+
+
+# Cost
+
+
+@pytest.mark.parametrize(("vocab", "bytes_of_number"), [(101, 2), (70_000, 4)])
+def test_the_base_is_kept_in_few_bytes(vocab, bytes_of_number):
+    """64 numbers and log-probabilities and the best token: 388 bytes a position, 25 MB for 65,536, as the reference plans."""
+    model = tiny("llama", vocab_size=vocab).requires_grad_(False)
+    found = [Example(rng.integers(vocab - 60, vocab, 9), np.ones(9, bool)) for rng in [np.random.default_rng(0)] * 4]
+    probe = TextProbe("general", [collate([e]) for e in found], LanguageHead(model), drift=True)
+    probe.read_base()
+    positions = sum(example.num_labelled for example in found)
+    assert probe.cached_bytes == positions * (64 * (bytes_of_number + 4) + 4)
+    assert 65_536 * (64 * 6 + 4) < 26e6
+    # Numbers beyond 32,767, or beyond 65,535, come back as they were.
+    assert {s.name: s.value for s in probe.read(0).scores}["drift/kl"] == 0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    kept = {s.name: s.value for s in probe.read(1).scores}["drift/kl"]
+    assert 0 < kept < 1
+
+
+def forwards_of(world: World) -> list[int]:
+    """Collect the tokens of every forward pass from here on."""
+    seen: list[int] = []
+    world.model.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    return seen
+
+
+def test_a_reading_is_one_forward_and_no_pass_of_the_base():
+    """Hence at most 1 % of a step: the forward of a token is at most half of its training.
+
+    With frozen weights training costs forward (2 floating-point operations a weight) and the gradient of the input (2 more);
+    full fine-tuning adds that of the weights (2). So a probe of P tokens every 100 steps of T costs at most P / 2 of 100 T:
+    for 65,536 each, 0.5 %.
+    """
+    world = World()
+    text = sum(batch.num_tokens for batch in world.probe.batches)
+    seen = forwards_of(world)
+    world.probe.read_base()
+    assert seen == [batch.num_tokens for batch in world.probe.batches]
+    for step in (0, 100, 200):
+        seen.clear()
+        world.probe.read(step)
+        assert seen == [batch.num_tokens for batch in world.probe.batches] and sum(seen) == text
+    forward_of_training = 2 / (2 + 2)
+    assert forward_of_training * sum(seen) / (100 * text) <= 0.01
+    exact = TextProbe("general", world.probe.batches, world.probe.head, drift=True, exact=nullcontext)
+    exact.read_base()
+    seen.clear()
+    exact.read(1)
+    assert sum(seen) == 2 * text

@@ -165,7 +165,7 @@ def test_scores_name_role_skill_and_change(whole):
             assert line["unit"] == "share of items" and line["standard_error"] >= 0
     accuracies = {"target/accuracy", "target/reverse/accuracy", "target/last/accuracy", "source/accuracy"}
     choices = {"target/choice", "source/choice"}
-    assert {name for name in names["base"] if "loss" not in name} == accuracies | choices
+    assert {name for name in names["base"] if "loss" not in name} == accuracies | choices | {"drift/covered"}
     measured = {name for name in names["tuned"] if "loss" not in name and "drift" not in name}
     assert measured == {name + change for name in accuracies | choices for change in ("", "_change")}
     counts = {name: whole.score(name).n for name in ("target/accuracy", "target/choice", "source/choice")}

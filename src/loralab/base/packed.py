@@ -44,8 +44,9 @@ class _TiledRow:
         block = 256 // q.element_size() if q.device.type == "cpu" else 512
         if rule.parents:
             block = max(block, 128)  # trees are small and branch: fewer, larger tiles are faster, measured
-            self.tiles = tree_tiles(rule.lengths, rule.parents, block)
-            self.biases = tree_biases(rule.lengths, rule.parents, block, self.repeats, rule.window, q.dtype, q.device)
+            segments = rule.lengths, rule.parents, block
+            self.tiles = tree_tiles(*segments)
+            self.biases: Iterable[Tensor] = tree_biases(*segments, self.repeats, rule.window, q.dtype, q.device)
         else:
             self.tiles = document_tiles(rule.lengths, rule.causal, rule.window, block)
             self.biases = self._template_biases(block)

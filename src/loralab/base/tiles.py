@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 
 @lru_cache(maxsize=16)
 def document_tiles(lengths: tuple[int, ...], causal: bool, window: int | None, block: int) -> tuple[Tile, ...]:
+    """Cut each document of a row into tiles of up to `block` rows."""
     tiles, begin = [], 0
     for length in lengths:
         end = begin + length
