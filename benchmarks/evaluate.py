@@ -1,5 +1,7 @@
 """Scoring multiple choice: LoRA Lab against lm-eval's own Hugging Face backend, on the same requests of the same tasks.
 
+Then a base and three deltas in one call against four calls.
+
 Both get the same lm-eval task objects and answer the same requests, tokenising included; they take turns, and ratios of
 medians are reported. The backend runs at the batch size that is fastest for it, which is looked for first on some of the
 requests. Decisions (acc, acc_norm) of every item and the log-likelihoods of every request are compared.
@@ -14,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,9 +29,14 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 from loralab.base.model import load
+from loralab.base.targets import in_out, linears
+from loralab.delta.lowrank import Delta, LowRank
+from loralab.delta.several import Wardrobe
+from loralab.delta.store import load_lowrank, save_lowrank
 from loralab.evals.catalogue import CatalogueTask, Wanted, load_tasks, quiet
 from loralab.evals.harness import HarnessModel
 from loralab.evals.texts import TextEngine
+from loralab.lab.evaluate import evaluate
 from loralab.training.loss import LanguageHead
 
 ASSETS = Path(os.environ.get("LORALAB_ASSETS", ""))
@@ -90,6 +98,67 @@ def measure(task: CatalogueTask, ours: HarnessModel, peer: HFLM, rounds: int) ->
     }
 
 
+def random_deltas(folder: Path, number: int) -> list[str]:
+    """Write adapters of rank 8 on all linear layers, with random numbers in both factors."""
+    base = load(str(ASSETS / "models/stories3M"), dtype="float32", device="cpu")
+    paths = []
+    for seed in range(number):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = {
+            name: LowRank(*(torch.randn(s, generator=generator) * 0.02 for s in ((8, into), (out, 8))), 2.0)
+            for name, layer in linears(base.model).items()
+            for into, out in [in_out(layer)]
+        }
+        save_lowrank(folder / str(seed), Delta(pairs, base_fingerprint=base.fingerprint), base.path, model=base.model)
+        paths.append(str(folder / str(seed)))
+    return paths
+
+
+def several(items: int | None, rounds: int) -> dict[str, Any]:
+    """Time one call with three deltas, and four calls: the base, and each delta alone."""
+    data = {"hellaswag": str(ASSETS / TASKS["hellaswag"])}
+
+    def call(deltas: list[str]) -> Any:
+        return evaluate(
+            str(ASSETS / "models/stories3M"),
+            ["hellaswag"],
+            deltas=deltas,
+            data=data,
+            limit=items,
+            dtype="float32",
+            device="cpu",
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        deltas = random_deltas(Path(folder), 3)
+        together, apart = [], []
+        for _ in range(rounds):
+            spent, found = seconds(lambda: call(deltas))
+            together.append(spent)
+            # Alone, a delta is measured without its base: half of what a paired call computes.
+            apart.append(sum(seconds(lambda d=d: alone(d, data, items))[0] for d in (None, *deltas)))
+        (_, one) = seconds(lambda: call([]))
+    return {
+        "task": "hellaswag, a base and three deltas",
+        "seconds": {
+            "one call": round(statistics.median(together), 2),
+            "four calls": round(statistics.median(apart), 2),
+        },
+        "forwards": {"one call": found.facts["cost"]["forwards"], "base alone": one.facts["cost"]["forwards"]},
+    }
+
+
+def alone(delta: str | None, data: dict[str, str], items: int | None) -> None:
+    """Score a base, or one delta without its base, as a call of its own: load, tokenise, score."""
+    base = load(str(ASSETS / "models/stories3M"), dtype="float32", device="cpu")
+    assert base.tokenizer is not None
+    engine = TextEngine(LanguageHead(base.model), base.tokenizer)
+    wanted = Wanted("hellaswag", limit=items, data={"test": data["hellaswag"]})
+    (task,) = load_tasks([wanted], engine)
+    wardrobe = Wardrobe(base.model, {} if delta is None else {"delta": load_lowrank(Path(delta))})
+    task.outcomes([wardrobe.view(None if delta is None else "delta")])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -119,6 +188,7 @@ def main() -> None:
         wanted = Wanted(name, limit=chosen.items, data={"test": str(ASSETS / TASKS[name])}, include=(INCLUDE,))
         (task,) = load_tasks([wanted], ours.engine)
         print(json.dumps(measure(task, ours, peer, chosen.rounds)), flush=True)
+    print(json.dumps(several(chosen.items, chosen.rounds)))
 
 
 if __name__ == "__main__":

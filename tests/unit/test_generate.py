@@ -1,14 +1,16 @@
 """Written answers: the batch with a cache against one prompt at a time without, and their text."""
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from battery import fresh_base, world
 from tiny_tokenizers import byte_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, MambaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from loralab.evals import generate as module
-from loralab.evals.generate import Prompt, answers, generate, room, stop_tokens, text_behind
-from loralab.training.loss import LanguageHead
+from loralab.evals.generate import Prompt, Writer, answers, generate, room, stop_tokens, text_behind
+from loralab.evals.passes import Passes
 from tiny import DECODERS, tiny
 
 STOPS = [2, *range(60, 70)]
@@ -60,18 +62,90 @@ def test_a_batch_writes_what_each_prompt_gets_alone(family, together):
     assert len({tuple(answer) for answer in found}) > 8
 
 
-@pytest.mark.parametrize(
-    "settings", [BloomConfig(hidden_size=32, n_layer=2, n_head=4), MambaConfig(hidden_size=32, num_hidden_layers=2)]
-)
-def test_a_model_that_cannot_keep_documents_apart_gets_prompts_of_one_length(settings):
-    settings.vocab_size = 101
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_batch_writes_what_transformers_generate_writes_for_each_prompt(family):
+    model, asked = model_of(family), [*prompts(4), *[[5, 6, 7]] * 2]
+    model.generation_config = GenerationConfig()
+    wanted = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=STOPS, pad_token_id=0)
+    expected = []
+    for prompt in asked:
+        tokens = torch.tensor([prompt])
+        found = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=wanted)
+        expected.append(found[0, len(prompt) :].tolist())
+    assert generate(model, asked, limits=[20] * 6, stops=STOPS) == expected
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+_GROUPS = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+_MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_SHARED_KEYS = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 101, "hidden_size_per_layer_input": 8}
+UNUSUAL: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    # Positions read from the mask, or from the columns: then no hole may be left where a beginning is shared.
+    "Bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, True, True),
+    "Mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, True, False),
+    # A window and sinks; chunks; layers that use the keys of others.
+    "GptOss": ({**_GROUPS, "num_local_experts": 4, "sliding_window": 4}, True, False),
+    "Llama4Text": (
+        {
+            **_GROUPS,
+            **{"num_hidden_layers": 4, "intermediate_size_mlp": 32, "num_local_experts": 2},
+            **{"attention_chunk_size": 4, "pad_token_id": 0},
+        },
+        True,
+        False,
+    ),
+    "Gemma3nText": (
+        {
+            **_GROUPS,
+            **{"num_hidden_layers": 4, "sliding_window": 4, "laurel_rank": 4, "altup_num_inputs": 2},
+            **{"activation_sparsity_pattern": [0.0] * 4},
+            **_SHARED_KEYS,
+        },
+        True,
+        False,
+    ),
+    # States that sum up what was read, beside attention, within it, or alone; no cache at all.
+    "Mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, False, False),
+    "FalconH1": ({**_GROUPS, **_MAMBA}, False, False),
+    "Lfm2": ({**_GROUPS, "layer_types": ["conv", "full_attention"]}, False, False),
+    "OpenAIGPT": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, False, False),
+}
+
+
+def unusual(name: str) -> PreTrainedModel:
+    settings = getattr(transformers, f"{name}Config")(vocab_size=101, **UNUSUAL[name][0])
     model = AutoModelForCausalLM.from_config(settings)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    head = LanguageHead(model.eval())
-    assert not head.packs and room(model) == float("inf")
-    found = generate(model, prompts(), limits=[6] * 12, stops=STOPS, together=head.packs)
-    assert found == [alone(model, prompt, 6, STOPS) for prompt in prompts()]
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_a_model_can_do_is_read_from_its_cache_and_proved_on_it(name):
+    model = unusual(name)
+    passes = Passes(model)
+    assert (passes.refill, passes.share) == UNUSUAL[name][1:]
+    begin = list(range(20, 40))
+    asked = [*prompts(), *[[5, 6, 7]] * 3]
+    assert generate(model, asked, limits=[6] * 15, stops=STOPS) == [alone(model, p, 6, STOPS) for p in asked]
+    assert generate(model, asked[-3:], limits=[6] * 3, stops=[]) == [alone(model, asked[-1], 6, [])] * 3
+    shared = [begin + prompt for prompt in prompts()]
+    writer = Writer(model, stops=STOPS)
+    found = writer.write([Prompt(prompt, None, 6) for prompt in shared])[0]
+    assert [answer.tokens for (answer,) in found] == [alone(model, p, 6, STOPS) for p in shared]
+    distinct = sum(map(len, {tuple(p) for p in prompts()}))
+    assert (writer.tally.prompt_tokens == distinct + 20) == passes.share
+
+
+def test_a_model_that_fails_its_proof_is_asked_with_prompts_of_one_length():
+    class Forgetful(type(tiny("llama"))):  # type: ignore[misc]
+        def forward(self, *given, position_ids=None, **kinds):
+            return super().forward(*given, **kinds)
+
+    model = tiny("llama")
+    model.__class__ = Forgetful
+    assert not Passes(model).refill
+    assert generate(model, prompts(), limits=[6] * 12, stops=STOPS) == [alone(model, p, 6, STOPS) for p in prompts()]
 
 
 def test_the_delta_writes_along_and_can_be_switched_off():
@@ -85,23 +159,6 @@ def test_the_delta_writes_along_and_can_be_switched_off():
     assert after != before
     with w.method.without():
         assert generate(w.base.model, asked, **chosen) == before
-
-
-def test_batches_hold_what_fits_and_answers_keep_their_order(monkeypatch):
-    model, asked = model_of("llama"), prompts(30)
-    limits = [3 + i % 9 for i in range(30)]
-    whole = generate(model, asked, limits=limits, stops=STOPS)
-    monkeypatch.setattr(module, "CACHED_TOKENS", 60)
-    assert generate(model, asked, limits=limits, stops=STOPS) == whole
-    for together in (True, False):
-        groups = list(module._groups(asked, limits, together))
-        assert sorted(i for group in groups for i in group) == list(range(30))
-        assert len(groups) > 3
-        for group in groups:
-            longest = max(len(asked[i]) for i in group) + max(limits[i] for i in group)
-            assert len(group) == 1 or len(group) * longest <= 60
-            assert together or len({len(asked[i]) for i in group}) == 1
-    assert generate(model, [], limits=[], stops=STOPS) == []
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])

@@ -2,7 +2,7 @@
 
 Rows lie in slots and end at the same column, the newest. What stands left of a row's first token is padding, hidden by the
 attention mask; columns that are padding for all rows are dropped by moving the first column in use. A token is written
-into its column in place, so a step copies nothing either; buffers double when they are full.
+into its column in place, so a step copies nothing either; buffers double when they are full, up to what can be needed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE_COLUMNS = 64
-"""Least number of free columns a new buffer has."""
+"""A new buffer has at least so many free columns, if they may be needed."""
 
 
 def layer_types(settings: PreTrainedConfig) -> list[type] | None:
@@ -62,6 +62,11 @@ class Rows(Cache):
         """Number of rows in use."""
         return self._filled[0].rows
 
+    def expect(self, columns: int) -> None:
+        """Say how many columns may follow at most: larger buffers have free ones, up to as many as are in use."""
+        for layer in self._filled:
+            layer.spare = columns
+
     def keep(self, rows: int, moved: Sequence[int], into: Sequence[int], columns: int) -> None:
         """Let rows leave and columns that are padding for all others.
 
@@ -98,7 +103,7 @@ class _Layer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = self.start = self.end = 0
+        self.rows = self.start = self.end = self.spare = 0
 
     def get_seq_length(self) -> int:
         return self.end - self.start
@@ -151,7 +156,7 @@ class _Layer(DynamicLayer):
             return
         used = self.get_seq_length()
         end = max(used, before)
-        columns = end + max(behind, end, SPARE_COLUMNS)
+        columns = end + max(behind, min(self.spare, max(end, SPARE_COLUMNS)))
         for name in ("keys", "values"):
             old = getattr(self, name)
             # Zeros: what is hidden is multiplied by 0, and what stands in fresh memory may be no number.

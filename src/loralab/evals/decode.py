@@ -1,6 +1,7 @@
 """The loop that writes many answers at once, in a batch that rows leave as soon as they end and that others join.
 
-The device is waited for once a step, for the tokens that were chosen; everything else is queued.
+The device is waited for once a step, for the tokens that were chosen; all else of ours is queued (Transformers waits once
+more where it is given a padding mask).
 """
 
 from collections import deque
@@ -113,8 +114,9 @@ class _Batch:
         numbers = [[len(row.prompt.tokens) for row in rows], [len(row.tokens) for row in rows]]
         joining = torch.cat([torch.stack([tokens, streams]), torch.tensor(numbers, device=tokens.device)])
         self.state = torch.cat([self.state, joining], 1)
-        self.cache.join(cache, order)
         self.rows.extend(rows)
+        self.cache.expect(max(row.longest - row.cached for row in self.rows))
+        self.cache.join(cache, order)
 
     def step(self, choice: Choice) -> None:
         """Write one more token of each row."""
@@ -156,10 +158,12 @@ def write_refilling(passes: Passes, rows: Sequence[Row], choice: Choice, budget:
     waiting = deque(sorted(rows, key=lambda row: (-row.longest, row.group)))
     batch, begin, usual = _Batch(passes), _Beginning(passes, rows, tally), _Usual()
     while waiting or batch.rows:
-        fitting = _fitting(waiting, batch.rows, budget, usual)
+        fitting = _fitting(waiting, batch.rows, budget, usual) if waiting else 0
         if fitting and (not batch.rows or fitting == len(waiting) or 4 * fitting >= fitting + len(batch.rows)):
             tally.refills += bool(batch.rows)
-            _let_in(batch, [waiting.popleft() for _ in range(fitting)], choice, begin, tally)
+            joining = [waiting.popleft() for _ in range(fitting)]
+            _let_in(batch, joining, choice, begin, tally)
+            usual.learn(joining)
         elif batch.size > budget and len(batch.rows) > 1:
             waiting.extendleft(_put_back(batch, budget, tally))
         if batch.rows:
@@ -260,9 +264,9 @@ def _alike(rows: Sequence[Row]) -> Iterator[list[list[Row]]]:
     for row in rows:
         same.setdefault(row if row.tokens else row.group, []).append(row)
     group: list[list[Row]] = []
-    for found in sorted(same.values(), key=lambda found: -len(found[0].read)):
-        longest = len((group or [found])[0][0].read)
-        if group and ((len(group) + 1) * longest > PREFILL_TOKENS or 2 * len(found[0].read) < longest):
+    for found in sorted(same.values(), key=lambda found: -found[0].size):
+        longest = (group or [found])[0][0].size
+        if group and ((len(group) + 1) * longest > PREFILL_TOKENS or 2 * found[0].size < longest):
             yield group
             group = []
         group.append(found)

@@ -5,9 +5,9 @@ that a new interpreter takes, and each program is confined by itself: its own PI
 
 **What tells that a program passed.** Its process holds 16 random bytes and sends them when its last line has run; nothing else
 counts, so a program that leaves early, prints, writes to every open file or changes builtins or `os` does not pass. The bytes are
-kept where walks over frames, globals and objects do not come by. A program that goes through the memory of its own process (with
-`ctypes`, say) can find them: only tests in another process would close that. What fools a test in plain Python, as an answer
-whose `__eq__` is always true, fools it here too.
+kept where walks over frames, globals and objects do not come by (tried with CPython 3.11 to 3.13). A program that goes through the
+memory of its own process (with `ctypes`, say) can find them: only tests in another process would close that. What fools a test
+in plain Python, as an answer whose `__eq__` is always true, fools it here too.
 """
 
 import gc
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -58,8 +58,8 @@ MOST_SAID = 64 * 1024
 """Bytes through it; more count as printing without end."""
 LONGEST_REASON = 300
 MANY_FILES = 1 << 16
-NURSERY_PROCESSES = 2
-"""Count against the limit where nursery and program are the same user: the nursery and the one waiting for it outside."""
+OUR_PROCESSES = 3
+"""Count against the limit where all are the same user: the one waiting outside, the nursery, process 1 beside the program."""
 KEPT = 2000
 """Characters of the output that are kept, half of them its end."""
 LENGTH = struct.Struct(">I")
@@ -114,6 +114,7 @@ class Watched:
     printed: bytearray = field(default_factory=bytearray)
     said: bytearray = field(default_factory=bytearray)
     stopped: str | None = None
+    end: tuple[int, float] | None = None
 
 
 def main(limits: dict[str, Any], folder: str, parent: int, unsafe: bool) -> None:
@@ -183,7 +184,7 @@ def _settle(setting: Setting, scratch: str, output: int, verdict: int) -> None:
     tempfile.tempdir = scratch
     for name in [name for name in sys.modules if name.startswith("loralab")]:
         del sys.modules[name]
-    own = NURSERY_PROCESSES if setting.user == 0 else 0
+    own = OUR_PROCESSES if setting.user == 0 else 0
     limits = setting.cpu_s, setting.memory_bytes, setting.processes + own, setting.file_bytes
     if setting.user is None:
         confine.die_with_parent()
@@ -199,7 +200,7 @@ def run(program: Program) -> NoReturn:
     While the program runs, the secret lies on the stack of this frame's evaluation alone: no name, list or closure holds it.
     """
     write, leave, me, who = os.write, os._exit, os.getpid(), os.getpid
-    secret, flush = program.secret, sys.stdout.flush
+    secret, flush = program.secret, (sys.stdout.flush, sys.stderr.flush)
     sys.modules["__main__"] = main_module = ModuleType("__main__")
     said = b""
     try:
@@ -216,9 +217,10 @@ def run(program: Program) -> NoReturn:
         leave(0)
 
 
-def _quietly(flush: Callable[[], None]) -> None:
-    with suppress(Exception):
-        flush()
+def _quietly(actions: Iterable[Callable[[], None]]) -> None:
+    for action in actions:
+        with suppress(Exception):
+            action()
 
 
 def _describe(error: BaseException, text: str) -> bytes:
@@ -243,19 +245,19 @@ def watch(one: Watched, setting: Setting, jobs: int, wake: int) -> dict[str, Any
     for handle in (one.output, one.verdict, wake):
         poll.register(handle, select.POLLIN)
     poll.register(jobs, 0)  # the far end closed is always told
-    while one.stopped is None and not _has_ended(one.process):
+    while one.stopped is None and not _has_ended(one, os.WNOHANG):
         left = one.began + setting.wall_s - time.monotonic()
         if left <= 0:
             one.stopped = "timed out"
         for handle, _ in poll.poll(max(0.0, left) * 1000 + 1):
             if handle == jobs:
-                _kill(one)
+                _finish(one)
                 raise SystemExit
             if handle == wake:
                 os.read(wake, 4096)
             elif not _read(one, handle, setting):
                 poll.unregister(handle)
-    status, cpu_s = _kill(one)
+    status, cpu_s = _finish(one)
     seconds = time.monotonic() - one.began
     for handle in (one.output, one.verdict):
         while one.stopped is None and _read(one, handle, setting):
@@ -278,26 +280,34 @@ def _read(one: Watched, handle: int, setting: Setting) -> bool:
     return bool(chunk)
 
 
-def _has_ended(process: int) -> bool:
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _has_ended(one: Watched, options: int) -> bool:
+    if one.end is None:
+        process, status, usage = os.wait4(one.process, options)
+        one.end = (status, usage.ru_utime + usage.ru_stime) if process else None
+    return one.end is not None
 
 
-def _kill(one: Watched) -> tuple[int, float]:
+def _finish(one: Watched) -> tuple[int, float]:
     """Kill a program with all that it started, take its scratch folder away, and give its status and CPU time in s.
 
     With confinement, process 1 of its PID namespace is killed, and the wait lasts until the kernel has ended all others there.
     Without, it is the process group, which a program can leave.
     """
-    with suppress(ProcessLookupError, PermissionError):  # it may have ended, or not have become a group yet
+    if one.end is None:
         os.kill(one.process, signal.SIGKILL)
-        os.killpg(one.process, signal.SIGKILL) if one.first is None else os.kill(one.first, signal.SIGKILL)
-    _, status, usage = os.wait4(one.process, 0)
+    if one.first is None:
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left, or it had not become a group yet
+            os.killpg(one.process, signal.SIGKILL)
+    else:
+        os.kill(one.first, signal.SIGKILL)
+    _has_ended(one, 0)
     if one.first is None:
         shutil.rmtree(one.scratch, onerror=_make_writable)
     else:
         os.waitpid(one.first, 0)
         confine.unmount_scratch()
-    return status, usage.ru_utime + usage.ru_stime
+    assert one.end is not None
+    return one.end
 
 
 def _verdict(one: Watched, status: int, used_up: bool) -> tuple[bool, str]:

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import loralab
 from loralab.errors import EvaluationError
 from loralab.run.folder import cores
 
@@ -35,6 +34,8 @@ MIB = 1 << 20
 LENGTH = struct.Struct(">I")
 PATIENCE_S = 30.0
 """How much longer than a program's wall time its nursery may take to answer."""
+END_S = 2.0
+"""How long it may take to end."""
 BOOT = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -109,8 +110,11 @@ class Protection:
 
 def protection() -> Protection:
     """Find out whether this machine can confine programs, by running one that tries to do what is forbidden."""
-    with _Nursery(USUAL, folder="", unsafe=False) as nursery:
-        missing = nursery.refused()
+    try:
+        with _Nursery(USUAL, folder="", unsafe=False) as nursery:
+            missing = nursery.refused()
+    except EvaluationError as error:
+        missing = error.what
     return Protection(missing is None, missing)
 
 
@@ -140,18 +144,8 @@ def run_programs(
             stack.enter_context(_Nursery(limits, folder, unsafe)) for _ in range(min(workers or cores(), len(programs)))
         ]
         for nursery in nurseries:
-            if (missing := nursery.refused()) is not None:
-                raise _unprotected(missing)
+            nursery.check()
         return _share_out(programs, nurseries)
-
-
-def _unprotected(missing: str) -> EvaluationError:
-    return EvaluationError(
-        f"programs cannot be confined on this machine: {missing}",
-        where="sandbox",
-        fix="use Linux 5.14 or newer where user namespaces are allowed (in a container: allow them), or, "
-        "if you trust the programs with all that you may do yourself, say --unsafe",
-    )
 
 
 def _share_out(programs: Sequence[str], nurseries: Sequence["_Nursery"]) -> list[Outcome]:
@@ -173,6 +167,7 @@ def _share_out(programs: Sequence[str], nurseries: Sequence["_Nursery"]) -> list
                     selector.unregister(nursery.answers)
                     nursery.stop()
                     nursery.start()
+                    nursery.check()
                     selector.register(nursery.answers, selectors.EVENT_READ, nursery)
                 outcomes[index] = outcome
                 if waiting:
@@ -189,24 +184,37 @@ class _Nursery:
 
     def start(self) -> None:
         """Start the process, in a session of its own, so that Ctrl-C reaches it through us."""
-        root = str(Path(loralab.__file__).parents[1])
+        if os.name != "posix":
+            raise EvaluationError("programs cannot be run on this system", where=os.name, fix="use Linux")
+        root = str(Path(__file__).parents[2])
         said = {"limits": asdict(self.limits), "folder": self.folder, "parent": os.getpid(), "unsafe": self.unsafe}
         libraries = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `stop`)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-c", BOOT, root, json.dumps(said)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8", **libraries},
-            cwd="/",
-            start_new_session=True,
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-s", "-S", "-c", BOOT, root, json.dumps(said)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8", **libraries},
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.errors.close()
+            fix = "repair the installation of Python, or free memory and processes"
+            raise EvaluationError(
+                f"Python cannot be started: {error.strerror}", where=sys.executable, fix=fix
+            ) from error
         assert self.process.stdin and self.process.stdout
         self.jobs, self.answers = self.process.stdin, self.process.stdout
 
     def refused(self) -> str | None:
         """Read the first answer: what protection is missing, or None."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            if not selector.select(PATIENCE_S):
+                return "its process does not answer"
         answer = self._receive()
         if answer is None:
             self.errors.seek(0)
@@ -214,6 +222,16 @@ class _Nursery:
             return f"its process ended at the start: {' '.join(lines[-2:]).strip() or 'no message'}"
         refused: str | None = answer["refused"]
         return refused
+
+    def check(self) -> None:
+        """Raise EvaluationError if programs would not be confined."""
+        if (missing := self.refused()) is not None:
+            raise EvaluationError(
+                f"programs cannot be {'run' if self.unsafe else 'confined'} on this machine: {missing}",
+                where="sandbox",
+                fix="use Linux 5.14 or newer where user namespaces are allowed (in a container: allow them), or, "
+                "if you trust the programs with all that you may do yourself, say --unsafe",
+            )
 
     def give(self, index: int, text: str) -> None:
         """Send a program; if the process is gone, `take` will tell."""
@@ -242,7 +260,7 @@ class _Nursery:
         with suppress(BrokenPipeError):
             self.jobs.close()
         try:
-            self.process.wait(timeout=5.0)
+            self.process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -1,10 +1,10 @@
 """The list of system calls that a confined program may make, as a seccomp filter of the Linux kernel.
 
-What is not on the list does not exist for a program (`ENOSYS`): sockets, exec, ptrace, new namespaces, keys, bpf, io_uring, memfd,
-shared memory of System V, message queues, performance counters, other processes' memory, and whatever a later kernel adds.
+What is not on the list does not exist for a program (`ENOSYS`): sockets, exec, ptrace, new namespaces, keys, bpf, io_uring,
+memfd, shared memory of System V, message queues, performance counters, other processes' memory, and what a later kernel adds.
 
-The kernel takes milliseconds to take a filter in, so a nursery puts itself behind it, once, and its programs inherit it. It therefore
-lets through what a nursery does for each program, with exactly its flags; those calls need rights that programs have given up.
+Taking a filter in costs the kernel milliseconds, so a nursery puts itself behind it, once, and its programs inherit it. It
+therefore lets through what a nursery does for each program, with exactly its flags; that needs rights that programs have given up.
 
 Sources: seccomp(2); linux/filter.h, linux/audit.h; numbers from asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64).
 """

@@ -146,9 +146,14 @@ class Row:
         return len(self.prompt.tokens) + self.prompt.limit
 
     @property
+    def size(self) -> int:
+        """Tokens so far, the prompt included."""
+        return len(self.prompt.tokens) + len(self.tokens)
+
+    @property
     def cached(self) -> int:
         """Tokens whose keys and values are needed for the next one: all but the newest."""
-        return len(self.prompt.tokens) + len(self.tokens) - 1
+        return self.size - 1
 
     @property
     def read(self) -> list[int]:
