@@ -297,8 +297,9 @@ def recipes_diff(first: Recipe, second: Recipe, overrides: Overrides = None, as_
 def doctor(as_json: AsJson = False) -> None:
     """Report facts of this machine and its packages that decide what can run."""
     from loralab.base.device import facts
+    from loralab.evals.sandbox import protection
 
-    found = facts()
+    found = facts() | {"programs are run": str(protection())}
     if as_json:
         print_json(found)
     else:

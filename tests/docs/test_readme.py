@@ -32,19 +32,34 @@ def test_every_command_of_the_readme_runs(world: Path, monkeypatch: pytest.Monke
     (world / "general.txt").write_text("a quiet day. " * 40)
     sums = ({"question": f"one more than {i} is", "answer": str(i + 1)} for i in range(20))
     (world / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    suite = forgetting_files(world)
     for command in found:
         words = [w.replace("FOLDER", str(world / "base")) for w in shlex.split(command)[1:]]
         words = [str(run_like(world / w)) if re.fullmatch(r"runs/\S+-[0-9a-f]{8}", w) else w for w in words]
         if words[0] in ("train", "check"):
             words += small
+        if "forgetting" in words:
+            words += [word for task, file in suite.items() for word in ("--data", f"{task}={file}")]
         assert loralab(*words) == 0, command
 
 
-def run_like(path: Path) -> Path:
-    """Give the one run so far that has the same name before the hash."""
-    name = path.name.rpartition("-")[0]
-    (found,) = [run for run in path.parent.iterdir() if run.name.rpartition("-")[0] == name]
+def forgetting_files(folder: Path) -> dict[str, Path]:
+    """Write two rows for each task of the suite `forgetting`, in the columns of its data set on the hub."""
+    ending = {"activity_label": "Rain", "ctx_a": "It rains.", "ctx_b": "the cat", "endings": ["runs.", "is wet.", "a", "b"]}
+    choice = {"question": "What is wet?", "choices": {"text": ["rain", "sand"], "label": ["A", "B"]}, "answerKey": "A"}
+    blank = {"sentence": "The cat saw the dog as _ ran.", "option1": "cat", "option2": "dog", "answer": "2"}
+    found = {}
+    for task, row in {"hellaswag": {**ending, "label": "1"}, "arc_challenge": choice, "winogrande": blank}.items():
+        found[task] = folder / f"{task}.jsonl"
+        found[task].write_text(2 * (json.dumps(row) + "\n"))
     return found
+
+
+def run_like(path: Path) -> Path:
+    """Give the first run that has the same name before the hash."""
+    name = path.name.rpartition("-")[0]
+    found = [run for run in path.parent.iterdir() if run.name.rpartition("-")[0] == name]
+    return min(found, key=lambda run: run.stat().st_ctime_ns)
 
 
 def test_links_lead_to_files() -> None:

@@ -1,7 +1,8 @@
 """Programs that mean harm: none gets out, none lasts, none is left, none passes, and those between them run as ever.
 
-`hostile_programs.txt` lists them. What they did is looked at from outside: a folder and a file, listening sockets, a process,
-shared memory, mounts. Not among them, as it is Python that any test lets through: an answer whose `__eq__` is always true.
+`hostile_programs.txt`, `forging_programs.txt` and `endless_programs.txt` list them. What they did is looked at from outside: a
+folder and a file, listening sockets, a process, shared memory, mounts. Not among them, as it is Python that any test lets
+through: an answer whose `__eq__` is always true.
 """
 
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from loralab.evals.sandbox import Limits, Outcome, protection, run_programs
+from confinement import need_confinement
+from loralab.evals.sandbox import Limits, Outcome, run_programs
 
 MIB = 1 << 20
 LIMITS = Limits(1, 20, 192 * MIB, 6, 2 * MIB, 8 * MIB, 64 * 1024)
@@ -34,19 +36,22 @@ def attempt(name, action, *values):
 CONCLUDE = "\nraise AssertionError(f'succeeded: {succeeded}')\n"
 
 
-def hostile() -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Read the programs by name: text and expected reason, and those that never end."""
-    sections = Path(__file__).with_name("hostile_programs.txt").read_text().split("\n### ")[1:]
-    parts = [section.partition("\n") for section in sections]
-    begin = next(i for i, (head, _, _) in enumerate(parts) if head == "ENDLESS")
-    ending = {}
-    for head, _, text in parts[:begin]:
-        name, _, reason = head.partition(" => ")
-        ending[name] = (f"{ATTEMPT}{text}{CONCLUDE}" if "attempt(" in text else text, reason)
-    return ending, {head: text for head, _, text in parts[begin + 1 :]}
+def sections(name: str) -> list[tuple[str, str]]:
+    """Read the programs of a file, with their headings."""
+    parts = Path(__file__).with_name(name).read_text().split("\n### ")[1:]
+    return [(heading, text) for heading, _, text in (part.partition("\n") for part in parts)]
 
 
-ENDING, ENDLESS = hostile()
+def ending() -> dict[str, tuple[str, str]]:
+    """Read the programs that end, by name: text and expected reason."""
+    found = {}
+    for heading, text in [*sections("hostile_programs.txt"), *sections("forging_programs.txt")]:
+        name, _, reason = heading.partition(" => ")
+        found[name] = (f"{ATTEMPT}{text}{CONCLUDE}" if "attempt(" in text else text, reason)
+    return found
+
+
+ENDING, ENDLESS = ending(), dict(sections("endless_programs.txt"))
 
 
 @dataclass
@@ -106,8 +111,7 @@ def lasting() -> dict[str, object]:
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outside]:
-    if (missing := protection().missing) is not None:
-        pytest.skip(f"programs cannot be confined on this machine: {missing}")
+    need_confinement()
     monkeypatch.setenv("LORALAB_CANARY", SECRET)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "canary").write_text(SECRET)

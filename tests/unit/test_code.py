@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from confinement import need_confinement
 from loralab.errors import DataError, EvaluationError
 from loralab.evals.code import CodeProblem, cut, grade_code, pass_at_k, pass_at_k_curve, program, read_problems
-from loralab.evals.sandbox import protection
 
 DOUBLE = CodeProblem(
     task_id="own/0",
@@ -27,8 +27,7 @@ HALF = CodeProblem("own/1", "def half(x):\n", "def check(candidate):\n    assert
 
 @pytest.fixture
 def confined() -> None:
-    if (missing := protection().missing) is not None:
-        pytest.skip(f"programs cannot be confined on this machine: {missing}")
+    need_confinement()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from confinement import need_confinement
 from loralab.errors import EvaluationError
 from loralab.evals import sandbox, seccomp
 from loralab.evals.sandbox import Limits, Protection, protection, run_programs
 
-QUICK = Limits(cpu_s=2, wall_s=20, memory_bytes=256 << 20, output_bytes=4096)
+QUICK = Limits(cpu_s=1, wall_s=20, memory_bytes=256 << 20, output_bytes=4096)
 IDLE = "import os, time\nfor _ in range(3): os.fork() or time.sleep(600)\ntime.sleep(600)"
 HERE = 7
 """Processes of a worker that runs it: one outside that waits, nursery, process 1, program, its three children."""
@@ -24,8 +25,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture
 def confined() -> None:
-    if (missing := protection().missing) is not None:
-        pytest.skip(f"programs cannot be confined on this machine: {missing}")
+    need_confinement()
 
 
 @pytest.fixture(params=["confined", "unsafe"])
@@ -57,9 +57,13 @@ def wait_for(parent: int, least: int, most: int) -> list[int]:
     return found
 
 
-def test_protection_says_what_it_finds() -> None:
-    found = protection()
-    assert found.complete == (found.missing is None)
+def test_protection_is_complete_where_it_can_be(confined: None) -> None:
+    assert protection() == Protection(True, None)
+
+
+def test_protection_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert protection() == Protection(False, "Python cannot be started: No such file or directory")
     assert str(Protection(True, None)) == "programs are confined"
     assert str(Protection(False, "seccomp: none")) == "programs cannot be confined: seccomp: none"
 
@@ -180,10 +184,12 @@ def test_a_process_group_is_killed_without_protection() -> None:
 @pytest.mark.parametrize(
     "field", ["cpu_s", "wall_s", "memory_bytes", "processes", "file_bytes", "scratch_bytes", "output_bytes"]
 )
-def test_a_limit_of_nothing_is_refused(field: str) -> None:
+def test_a_limit_of_nothing_or_without_end_is_refused(field: str) -> None:
     with pytest.raises(EvaluationError, match="a limit of 0") as caught:
         Limits(**{field: 0})
     assert caught.value.where == field
+    with pytest.raises(EvaluationError, match="a limit of inf"):
+        Limits(cpu_s=float("inf"))
 
 
 def test_no_workers_are_refused_and_no_programs_are_fine() -> None:
@@ -239,6 +245,22 @@ def test_where_processes_cannot_be_limited_programs_are_refused(confined: None) 
     assert "a trial program failed: SystemExit: " in done.stdout and "fork" in done.stdout, done
 
 
+# In a user namespace, its root may name the host; without rights it may not.
+WITHOUT_RIGHTS = """
+import ctypes
+from loralab.evals import confine
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x10000000 | 0x4000000) == 0 and libc.sethostname(b"before", 6) == 0
+confine.give_up_rights(0)
+assert libc.sethostname(b"after", 5) == -1 and ctypes.get_errno() == 1
+"""
+
+
+def test_rights_are_given_up_where_the_user_stays_the_same(confined: None) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_RIGHTS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 RUNNING = f"from loralab.evals.sandbox import run_programs\nrun_programs([{IDLE!r}] * 4, workers=2)"
 
 
@@ -266,7 +288,8 @@ def test_if_a_nursery_is_killed_the_others_go_on(confined: None) -> None:
 
 
 def test_a_nursery_that_does_not_answer_is_given_up(confined: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(sandbox, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(sandbox, "END_S", 0.2)
 
     def stop_nursery() -> None:
         _, nursery, *_ = wait_for(os.getpid(), HERE, HERE)
@@ -318,3 +341,26 @@ def test_the_filter_lets_through_what_is_listed(
     allowed = {number for number in range(600) if ruling(steps, machine, number, 0, 0, 0, 0) == allow}
     listed = seccomp.numbers(f"{seccomp.CALLS} {seccomp.OF_NURSERIES}", name)
     assert allowed <= set(listed.values()) and len(set(listed.values())) == len(listed)
+
+
+def test_it_does_not_matter_what_we_do_with_signals_or_which_limits_we_have(confined: None) -> None:
+    text = """
+        import resource, signal
+        from loralab.evals.sandbox import Limits, run_programs
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        print([outcome.reason for outcome in run_programs(["pass", "print(1)"], Limits(wall_s=60))])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['passed', 'passed']\n", done
+
+
+def test_a_very_small_limit_is_the_programs_not_the_sandboxs(confined: None) -> None:
+    (outcome,) = run_programs(["import time; time.sleep(1)"], Limits(wall_s=1e-6))
+    assert outcome.reason == "timed out"
+    (outcome,) = run_programs(["x = 'y' * 10**6"], Limits(memory_bytes=1))
+    assert not outcome.passed and outcome.reason in ("out of memory", "failed: could not be confined: MemoryError()")
+    (outcome,) = run_programs(["pass"], Limits(wall_s=1e9, memory_bytes=1 << 60))
+    assert outcome.passed

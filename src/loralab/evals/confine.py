@@ -23,14 +23,9 @@ from typing import Any
 
 from loralab.evals import seccomp
 
-NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NETWORK = (
-    0x20000,
-    0x4000000,
-    0x8000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+NEW_MOUNTS, NEW_UTS, NEW_IPC = 0x20000, 0x4000000, 0x8000000
+NEW_USER, NEW_PID, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
+SAME_MEMORY = 0x100
 NO_SUID, NO_DEVICES, NO_EXEC, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 DETACH = 2
 MOUNT_SETATTR, PIVOT_ROOT, CAPSET = 442, {"x86_64": 155, "aarch64": 41}, {"x86_64": 126, "aarch64": 91}
@@ -48,7 +43,6 @@ OPEN_FILES = 256
 FILES = 10_000
 """Most files and folders in a scratch folder."""
 
-SAME_MEMORY = 0x100
 
 libc = ctypes.CDLL(None, use_errno=True)
 _STACK = ctypes.create_string_buffer(1 << 16)
@@ -114,7 +108,8 @@ def enter() -> int:
     die_with_parent()
     with needing("a list of permitted system calls"):
         _call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        os.setgroups([]) if user else None
+        if user:
+            os.setgroups([])
         seccomp.install(seccomp.instructions(platform.machine()))
     return user
 
@@ -163,9 +158,7 @@ def _name_users(process: int, user: int) -> None:
 def _new_root() -> None:
     """Make a root with Python's library, the system's shared libraries, four devices, and nothing else; all read-only."""
     _mount("none", "/", None, RECURSIVE | PRIVATE)
-    sources = {
-        path: os.open(path, os.O_PATH) for path in _visible()
-    }  # opened first: the new root may lie on top of them
+    sources = {path: os.open(path, os.O_PATH) for path in _visible()}  # first, as the new root may lie on top of some
     _mount("root", SCRATCH, "tmpfs", NO_SUID | NO_DEVICES, "mode=755,size=1m")
     for path, handle in sources.items():
         target = SCRATCH + path
@@ -181,10 +174,8 @@ def _new_root() -> None:
             os.symlink(os.readlink(link), SCRATCH + link)
     os.mkdir(SCRATCH + SCRATCH)
     os.symlink(SCRATCH, f"{SCRATCH}/dev/shm")  # shared memory and locks of `multiprocessing` count as scratch
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY | WITHOUT_SUID, 0, 0, 0)
-    _call(
-        "syscall", MOUNT_SETATTR, AT_FDCWD, SCRATCH.encode(), AT_RECURSIVE, bytes(attributes), ctypes.sizeof(attributes)
-    )
+    attributes = struct.pack("4Q", READ_ONLY | WITHOUT_SUID, 0, 0, 0)
+    _call("syscall", MOUNT_SETATTR, AT_FDCWD, SCRATCH.encode(), AT_RECURSIVE, attributes, len(attributes))
     os.chdir(SCRATCH)
     _call("syscall", PIVOT_ROOT[platform.machine()], b".", b".")
     _call("umount2", b".", DETACH)
@@ -237,7 +228,10 @@ def fork_among(first: int) -> int:
 
 
 def limit(cpu_s: float, memory_bytes: int, processes: int, file_bytes: int, *, strict: bool = True) -> None:
-    """Set the kernel's limits for this process and those it starts; where one is missing, go on, or with `strict` raise OSError."""
+    """Set the kernel's limits for this process and those it starts, or keep those there are where they are lower.
+
+    Where one is missing, go on, or with `strict` raise OSError.
+    """
     cpu = math.ceil(cpu_s)
     limits = {
         "RLIMIT_CPU": (cpu, cpu + 1),  # the first sends a signal that a program may catch, the second kills
@@ -249,8 +243,12 @@ def limit(cpu_s: float, memory_bytes: int, processes: int, file_bytes: int, *, s
         "RLIMIT_MEMLOCK": (0, 0),
     }
     for name, values in limits.items():
+        number = getattr(resource, name)
+        highest = resource.getrlimit(number)[1]
+        if highest != resource.RLIM_INFINITY:
+            values = min(values[0], highest), min(values[1], highest)
         try:
-            resource.setrlimit(getattr(resource, name), values)
+            resource.setrlimit(number, values)
         except (OSError, ValueError) as error:  # macOS has no limit of the address space
             if strict:
                 raise OSError(f"{name}: {error}") from error

@@ -34,22 +34,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from loralab.evals import confine
 
-OFTEN_IMPORTED = (
-    *(
-        "bisect",
-        "cmath",
-        "collections",
-        "copy",
-        "datetime",
-        "decimal",
-        "enum",
-        "fractions",
-        "functools",
-        "hashlib",
-        "heapq",
-    ),
-    *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing", "unittest"),
-)
+OFTEN_IMPORTED = """
+bisect cmath collections copy datetime decimal enum fractions functools hashlib heapq itertools json math operator random re
+statistics string typing unittest
+"""
 """Imported before the first program, once for all."""
 NAME = "<program>"
 VERDICT = 3
@@ -57,6 +45,7 @@ VERDICT = 3
 MOST_SAID = 64 * 1024
 """Bytes through it; more count as printing without end."""
 LONGEST_REASON = 300
+LONGEST_WAIT_S = 3600.0
 MANY_FILES = 1 << 16
 OUR_PROCESSES = 3
 """Count against the limit where all are the same user: the one waiting outside, the nursery, process 1 beside the program."""
@@ -68,13 +57,13 @@ import colorsys, os, socket
 open("scratch", "w").close()
 for forbidden in (lambda: open("/outside", "w"), socket.socket, lambda: os.execv("/bin/true", ["true"]), os.fork):
     try:
-        forbidden() and forbidden()
+        forbidden() and forbidden()  # of two processes that are allowed, it is one itself
     except OSError:
         pass
     else:
         raise SystemExit(f"{forbidden} was not refused")
 """
-"""Runs before the first program: Python's library is there, outside is not; of processes, two are allowed here."""
+"""Runs before the first program, to see that Python's library is there, and that what lies outside is not."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +79,9 @@ class Setting:
     output_bytes: int
     folder: str
     user: int | None = None
+
+
+AT_TRIAL = {"cpu_s": 10.0, "wall_s": 20.0, "memory_bytes": 1 << 30, "processes": 2, "output_bytes": MOST_SAID}
 
 
 @dataclass
@@ -122,10 +114,12 @@ def main(limits: dict[str, Any], folder: str, parent: int, unsafe: bool) -> None
     confine.die_with_parent()
     if os.getppid() != parent:
         return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # what the one who started us does with signals is inherited
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     jobs, answers = _claim(0, os.O_RDONLY, "rb"), _claim(1, os.O_WRONLY, "wb")
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, first a program's is taken
-    for name in OFTEN_IMPORTED:
+    for name in OFTEN_IMPORTED.split():
         import_module(name)
     setting = Setting(**limits, folder=folder)
     try:
@@ -140,10 +134,11 @@ def main(limits: dict[str, Any], folder: str, parent: int, unsafe: bool) -> None
     gc.collect()
     gc.freeze()  # no collector of a program looks at what is here, so pages stay shared
     for text in _texts(jobs, [] if unsafe else [TRIAL]):
-        started = start(text, replace(setting, processes=2) if text is TRIAL else setting)
+        its = replace(setting, **AT_TRIAL) if text is TRIAL else setting  # type: ignore[arg-type]
+        started = start(text, its)
         if isinstance(started, Program):
             run(started)
-        answer = watch(started, setting, jobs.fileno(), wake)
+        answer = watch(started, its, jobs.fileno(), wake)
         if text is TRIAL:
             answer = {"refused": None if answer["passed"] else f"a trial program {answer['reason']}"}
         _send(answers, answer)
@@ -249,7 +244,7 @@ def watch(one: Watched, setting: Setting, jobs: int, wake: int) -> dict[str, Any
         left = one.began + setting.wall_s - time.monotonic()
         if left <= 0:
             one.stopped = "timed out"
-        for handle, _ in poll.poll(max(0.0, left) * 1000 + 1):
+        for handle, _ in poll.poll(1 + 1000 * min(max(0.0, left), LONGEST_WAIT_S)):
             if handle == jobs:
                 _finish(one)
                 raise SystemExit

@@ -52,7 +52,7 @@ class Limits:
     Attributes:
         cpu_s: CPU time of each of its processes, in seconds, rounded up to whole ones.
         wall_s: time from start to end, in seconds.
-        memory_bytes: address space of each of its processes.
+        memory_bytes: address space of each of its processes; with all of them it may use `processes` times as much.
         processes: processes and threads at the same time.
         file_bytes: size of one file.
         scratch_bytes: all files in its scratch folder together; they lie in memory. Needs confinement.
@@ -69,10 +69,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise EvaluationError(
-                    f"a limit of {getattr(self, field.name)}", where=field.name, fix="give more than 0"
-                )
+            if not 0 < getattr(self, field.name) < math.inf:
+                fix = "give more than 0, and an end"
+                raise EvaluationError(f"a limit of {getattr(self, field.name)}", where=field.name, fix=fix)
 
 
 USUAL = Limits()
