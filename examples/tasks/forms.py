@@ -28,4 +28,4 @@ def arc_right(doc: dict[str, Any]) -> int:
 
 def boolq_question(doc: dict[str, Any]) -> str:
     question = doc["instruction"].partition("question:")[2].partition("\n\nAnswer format")[0].strip()
-    return f"Question: {question}?\nAnswer:"
+    return f"Question: {question.removesuffix('?')}?\nAnswer:"

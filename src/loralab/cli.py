@@ -10,12 +10,12 @@ from loralab.console import (
     MERGE_MEANINGS,
     check_lines,
     console,
+    cost_line,
     display,
     evaluation_lines,
     evaluation_tables,
     print_json,
     shown,
-    size,
     table,
 )
 from loralab.errors import Interrupted, LoralabError
@@ -63,11 +63,7 @@ def train(
         out.print(table(headers, result.rows()))
     else:
         out.print("nothing was measured: give data.validation, a data.validation_share above 0, or data.general")
-    facts = result.status
-    out.print(
-        f"{facts['step']} steps, {facts['tokens']:,} tokens in {facts['wall_s']:.1f} s, "
-        f"peak memory {size(facts['peak_bytes'])}"
-    )
+    out.print(cost_line(result.status), soft_wrap=True)
     out.print(f"delta: {result.folder.delta}", soft_wrap=True)
 
 

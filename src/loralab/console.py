@@ -1,7 +1,7 @@
 """What a person sees: live progress, plain lines where there is no terminal, and tables."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,15 @@ def _progress(folder: RunFolder) -> tuple[str, str, str, str, str]:
     if not steps:
         return mark, state, "", "", said
     return mark, state, f"{steps[-1]['step']}/{status.get('total_steps', '?')}", f"{steps[-1]['loss']:.3f}", said
+
+
+def cost_line(facts: Mapping[str, Any]) -> str:
+    """Write what a finished run took, by its status."""
+    line = f"{facts['step']} steps, {facts['tokens']:,} tokens in {facts['wall_s']:.1f} s"
+    if facts.get("probe_s") and facts["wall_s"]:
+        share = min(1.0, facts["probe_s"] / facts["wall_s"])
+        line += f"; probes took {share:.1%} of the time ({facts['probe_tokens']:,} tokens)"
+    return f"{line}; peak memory {size(facts['peak_bytes'])}"
 
 
 def _numbers(path: Path, key: str) -> list[dict[str, Any]]:

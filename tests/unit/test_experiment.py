@@ -274,8 +274,8 @@ def test_scores_hold_the_base_once_and_the_tuned_model_at_every_probe(whole):
     lines = read_lines(whole.folder.scores)
     keys = [(line["model"], line["step"], line["name"]) for line in lines]
     assert len(set(keys)) == len(keys)
-    of_base = {("base", 0, name) for name in ("target/loss", "general/loss", "drift/covered")}
-    assert {key for key in keys if key[0] == "base"} == of_base
+    of_base = {"target/loss", "general/loss", "prompts/loss", "drift/covered", "drift/target_covered"}
+    assert {key for key in keys if key[0] == "base"} == {("base", 0, name) for name in of_base}
     probed = [step for model, step, name in keys if name == "drift/kl"]
     assert probed == [0, 1, 2, 3, 4, 5, 6]
     assert all(line["n"] == 8 and line["standard_error"] >= 0 and math.isfinite(line["value"]) for line in lines)

@@ -137,6 +137,12 @@ def test_what_a_model_can_do_is_read_from_its_cache_and_proved_on_it(name):
     assert (writer.tally.prompt_tokens == distinct + 20) == passes.share
 
 
+def test_a_window_wider_than_the_proof_forbids_holes_too():
+    passes = Passes(tiny("mistral", sliding_window=50))
+    assert passes.refill and not passes.share
+    assert Passes(tiny("mistral", sliding_window=None)).share
+
+
 def test_a_model_that_fails_its_proof_is_asked_with_prompts_of_one_length():
     class Forgetful(type(tiny("llama"))):  # type: ignore[misc]
         def forward(self, *given, position_ids=None, **kinds):

@@ -165,7 +165,8 @@ def test_scores_name_role_skill_and_change(whole):
             assert line["unit"] == "share of items" and line["standard_error"] >= 0
     accuracies = {"target/accuracy", "target/reverse/accuracy", "target/last/accuracy", "source/accuracy"}
     choices = {"target/choice", "source/choice"}
-    assert {name for name in names["base"] if "loss" not in name} == accuracies | choices | {"drift/covered"}
+    covered = {"drift/covered", "drift/target_covered"}
+    assert {name for name in names["base"] if "loss" not in name} == accuracies | choices | covered
     measured = {name for name in names["tuned"] if "loss" not in name and "drift" not in name}
     assert measured == {name + change for name in accuracies | choices for change in ("", "_change")}
     counts = {name: whole.score(name).n for name in ("target/accuracy", "target/choice", "source/choice")}
@@ -177,7 +178,8 @@ def test_items_hold_the_outcome_of_every_item(whole):
     facts, outcomes = ["probe", "item", "num_tokens"], ["base_loss_sum", "tuned_loss_sum"]
     assert list(items) == [*facts, *outcomes, "skill", "base_right", "tuned_right", "prompt"]
     texts, tasks = items[items.skill.isna()], items[items.skill.notna()]
-    assert set(texts.probe) == {"target", "general"} and texts.base_right.isna().all() and texts.prompt.isna().all()
+    assert set(texts.probe) == {"target", "general", "prompts"}
+    assert texts.base_right.isna().all() and texts.prompt.isna().all()
     assert set(tasks.probe) == {f"{role}/{kind}" for role in ("target", "source") for kind in ("accuracy", "choice")}
     assert tasks.base_loss_sum.isna().all() and tasks.num_tokens.isna().all() and tasks.prompt.notna().all()
     for probe, mine in tasks.groupby("probe"):

@@ -16,6 +16,7 @@ from loralab.base import attention
 from loralab.base.text import Example, encode, prompted
 from loralab.errors import DataError, ModelError
 from loralab.evals.generate import generate
+from loralab.evals.probe import Cost, counting
 from loralab.evals.samples import Samples, samples_of_tasks, samples_of_texts
 from loralab.evals.stats import skill_scores
 from loralab.evals.tasks import AccuracyProbe, ChoiceProbe, Task, probes_of
@@ -200,18 +201,28 @@ def test_the_end_counts_only_where_one_choice_begins_another(tokenizer):
             probe = ChoiceProbe("target/choice", [Task([Item("a", prompt, short, choices)])], head, tokenizer)
             begins = choices[1].startswith(short)
             taken[begins] += int(probe.read_base().scores[0].value)
-            lengths = [len(e.tokens) for e in probe_examples(probe)]
-            assert lengths == [len(prompt) + len(choice) + begins for choice in choices]
+            tokens = [tokenizer(choice)["input_ids"] + [END] * begins for choice in choices]
+            alone = [log_likelihood(model, tokenizer(prompt)["input_ids"], part) for part in tokens]
+            assert probe.log_likelihoods()[0] == pytest.approx(alone, abs=1e-5)
     assert 0 < taken[True] < 30, "a choice that begins another can lose"
 
 
-def probe_examples(probe: ChoiceProbe) -> list[Example]:
-    """Give the documents of a probe's batches."""
-    found = []
-    for batch in probe._choices._batches:
-        for tokens in batch.tokens[0].split(list(batch.lengths)):
-            found.append(Example(tokens.tolist(), [False] * len(tokens)))
-    return found
+def test_a_choice_of_which_nothing_can_be_predicted_is_certain():
+    tokenizer = byte_tokenizer(merges=[("=", "4")])
+    model = tiny("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.set_attn_implementation(attention.NAME)
+    probe = ChoiceProbe("a/choice", [Task([Item("a", "=", "5", ("4", "5"), 1)])], LanguageHead(model), tokenizer)
+    ((merged, plain),) = probe.log_likelihoods()
+    assert merged == 0 > plain and probe.read_base().scores[0].value == 0
+
+
+def test_a_prompt_is_computed_once_for_all_its_choices(tokenizer):
+    model, cost = model_of(tokenizer), Cost()
+    prompt, choices = "abcdefghij" * 3, ("ab", "cd", "ef", "gh")
+    probe = ChoiceProbe("a/choice", [Task([Item("a", prompt, "ab", choices)])], LanguageHead(model), tokenizer)
+    with counting(model, cost):
+        probe.read_base()
+    assert (cost.forwards, cost.tokens) == (1, len(prompt) + len(choices))  # the last token of a choice is never read
 
 
 # Scores

@@ -5,7 +5,7 @@ import random
 import pytest
 from tiny_tokenizers import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from loralab.evals.written import Prompt, Row, Stops, cut, text_behind
 
@@ -66,9 +66,13 @@ def test_a_stop_text_of_the_prompt_ends_nothing():
     assert stops.text_ends(prompt, newline * 2)
 
 
-def test_a_stop_text_that_is_a_special_token_ends_the_answer_as_a_token():
-    tokenizer = byte_tokenizer(special=["<|im_end|>"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_stop_text_that_is_a_special_token_ends_the_answer_as_a_token(named):
+    tokenizer = byte_tokenizer(special=["<|im_end|>"] if named else [])
+    if not named:
+        tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (end in tokenizer.all_special_ids) == named and tokenizer.decode([end], skip_special_tokens=True) == ""
     stops = Stops([5], tokenizer)
     assert stops.tokens_of(Prompt([1], None, 9, ("<|im_end|>", "a", ""))) == {5, end}
     assert stops.tokens_of(Prompt([1], None, 9)) == {5}
@@ -108,3 +112,11 @@ def test_a_row_ends_at_its_stop_token_before_its_limit():
     row = Row(Prompt([1, 2], None, 1), stream=0, group=0, stop_tokens=stops.tokens)
     row.take(5, None, stops)
     assert row.ended == "limit" and row.log_probs == []
+
+
+def test_special_tokens_within_a_stop_text_do_not_hide_it():
+    tokenizer = byte_tokenizer()
+    prompt, stops = Prompt([1], None, 99, ("\n#",)), Stops([], tokenizer)
+    newline, sign = tokenizer("\n#")["input_ids"]
+    tokens = [newline, *[tokenizer.eos_token_id] * 40, sign]
+    assert stops.text_ends(prompt, tokens) and not stops.text_ends(prompt, tokens[:-1])

@@ -1,7 +1,8 @@
 """Several deltas over one base in memory: each is put on once, and a view says which of them acts.
 
 Low-rank deltas lie beside the base's layers as named pairs. What a delta holds whole (dense matrices, biases, norms) is kept
-as values that change places with the base's while it acts: a pointer each, nothing is copied or computed.
+as values that change places with the base's while it acts: a pointer each, nothing is copied or computed. A table that embedding
+and head share is swapped for both, or for the one that the delta names, as `Delta.keeps_ties` says.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ class Wardrobe:
         self.model = model
         self.names = tuple(deltas)
         self._whole = {name: _whole_of(model, name, delta) for name, delta in deltas.items()}
+        if any(self._whole.values()):
+            _part_ties_(model)
         self._paired: set[str] = set()
         for name, delta in deltas.items():
             pairs = {path: change for path, change in delta.items() if isinstance(change, LowRank)}
@@ -95,4 +98,17 @@ def _whole_of(model: nn.Module, name: str, delta: Delta) -> dict[str, Tensor]:
         stored_turned = weight_of(layers[path]) is not weight
         moved = change.dense().t() if stored_turned else change.dense()
         whole[f"{path}.weight"] = (weight.float() + moved.to(weight.device)).to(weight.dtype).contiguous()
+    if delta.keeps_ties:
+        tied = {id(parameters[path]): value for path, value in whole.items()}
+        whole = {path: tied[id(own)] for path, own in parameters.items() if id(own) in tied}
     return whole
+
+
+def _part_ties_(model: nn.Module) -> None:
+    """Let every name have a parameter of its own, of the same memory, so that a delta can change one of a tied pair."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.data, requires_grad=parameter.requires_grad))
+            seen.add(id(parameter))

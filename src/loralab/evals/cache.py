@@ -76,15 +76,16 @@ class Rows(Cache):
             into: the slots, below `rows`, that they move to.
             columns: how many of the newest columns stay.
         """
-        device = self._filled[0].keys.device
-        source, target = (torch.tensor(list(places), dtype=torch.long, device=device) for places in (moved, into))
+        source, target = (torch.tensor(list(places), dtype=torch.long) for places in (moved, into))
         for layer in self._filled:
+            if layer.device != source.device:  # layers may be spread over devices
+                source, target = source.to(layer.device), target.to(layer.device)
             layer.keep(rows, source, target, columns)
 
     def join(self, other: "Rows", order: Int[Tensor, " rows"]) -> None:
         """Let rows of another cache join, in the given order; one may be taken several times."""
         for layer, theirs in zip(self._filled, other._filled, strict=True):
-            layer.join(theirs, order)
+            layer.join(theirs, order.to(theirs.device))
 
     def close(self, before: int, missing: Int[Tensor, " rows"]) -> None:
         """Move the first `before` columns of each row to the right over the padding, `missing` columns, that follows them."""
@@ -92,7 +93,7 @@ class Rows(Cache):
         moved = columns - missing[:, None]
         source = torch.where(moved < before, moved.clamp(min=0), columns)
         for layer in self._filled:
-            layer.close(source)
+            layer.close(source.to(layer.device))
 
 
 class _Layer(DynamicLayer):

@@ -6,6 +6,7 @@ answers come from our engines, for a base and its deltas at once; requests are b
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -63,15 +64,20 @@ class CatalogueTask:
         self.name: str = task.config.task
         self._build(wanted)
         self.instances: list[Instance] = task.instances
+        if not self.instances:
+            raise DataError("the task has no items", where=self.name, fix="give it data with rows")
         kinds = {instance.request_type for instance in self.instances}
         if len(kinds) > 1:
             raise EvaluationError(f"the task mixes kinds of requests: {sorted(kinds)}", where=self.name)
         self.kind: str = kinds.pop()
+        # As lm-eval does, a request with repeats is asked as often in a row.
+        self._asked = [instance for instance in self.instances for _ in range(instance.repeats or 1)]
         self._of_item: dict[int, list[Instance]] = {}
         for instance in self.instances:
             self._of_item.setdefault(int(instance.doc_id or 0), []).append(instance)
+        self._refuse_items_without_answer(wanted)
         self.card = self._card()
-        self._prepared = engine.prepared([i.args[:2] for i in self.instances]) if self.kind == "loglikelihood" else None
+        self._prepared = engine.prepared([i.args[:2] for i in self._asked]) if self.kind == "loglikelihood" else None
 
     def _card(self) -> Card:
         version = getattr(self.task, "VERSION", None)
@@ -92,10 +98,31 @@ class CatalogueTask:
         try:
             with quiet():
                 self.task.build_all_requests(
-                    limit=wanted.limit, apply_chat_template=wanted.chat, chat_template=chat, tokenizer_name=""
+                    limit=wanted.limit,
+                    apply_chat_template=wanted.chat,
+                    fewshot_as_multiturn=wanted.chat,
+                    chat_template=chat,
+                    tokenizer_name="",
                 )
         except Exception as error:  # of any type: templates and functions of the task run here
             raise _misfit(self.name, self.task, error) from error
+
+    def _refuse_items_without_answer(self, wanted: Wanted) -> None:
+        """Refuse items that no answer can get right; in rows of lm-eval's own sets only where none has one, as it counts them."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return
+        odd = [number + 1 for number, item in self._of_item.items() if not self._right(item[0].doc)]
+        if odd and (wanted.data or len(odd) == len(self)):
+            what = f"of {len(odd)} of {len(self)} items the right choice is none of their choices, of item {odd[0]} for one"
+            raise DataError(what, where=wanted.data.get("test", self.name), fix="correct the column that names it")
+
+    def _right(self, doc: dict[str, Any]) -> list[int]:
+        """Number the choices of an item that are right."""
+        choices = self.task.doc_to_choice(doc)
+        found = self.task.doc_to_text(doc) if getattr(self.task, "multiple_input", 0) else self.task.doc_to_target(doc)
+        rights = found if isinstance(found, list) else [found]
+        numbers = [choices.index(one) if isinstance(one, str) and one in choices else one for one in rights]
+        return [int(one) for one in numbers if isinstance(one, int) and 0 <= one < len(choices)]
 
     def _chances(self) -> tuple[float, ...] | None:
         if self.task.OUTPUT_TYPE != "multiple_choice":
@@ -111,20 +138,16 @@ class CatalogueTask:
             yield str(prompt), self._reference(item[0].doc)
 
     def _reference(self, doc: dict[str, Any]) -> str:
-        target = self.task.doc_to_target(doc)
-        if self.task.OUTPUT_TYPE == "multiple_choice":
-            choices = self.task.doc_to_choice(doc)
-            right = self.task.doc_to_text(doc) if getattr(self.task, "multiple_input", 0) else target
-            if isinstance(right, int) and 0 <= right < len(choices):
-                return str(choices[right])
-        return str(target)
+        if self.task.OUTPUT_TYPE == "multiple_choice" and (right := self._right(doc)):
+            return str(self.task.doc_to_choice(doc)[right[0]])
+        return str(self.task.doc_to_target(doc))
 
     def outcomes(self, views: Sequence[View]) -> list[list[Outcome]]:
         return [self.judged(responses) for responses in self._responses(views)]
 
     def _responses(self, views: Sequence[View]) -> Sequence[Sequence[Any]]:
-        """Answer every request in every view: views × requests."""
-        arguments = [instance.args for instance in self.instances]
+        """Answer every request in every view, as often as it is asked: views × answers."""
+        arguments = [instance.args for instance in self._asked]
         if self._prepared is not None:
             return self._prepared.score(views)
         if self.kind == "loglikelihood_rolling":
@@ -135,12 +158,13 @@ class CatalogueTask:
 
     def judged(self, responses: Sequence[Any]) -> list[Outcome]:
         """Judge answers to all requests, in order: pairs (log p, greedy), log p of texts, or texts."""
-        for instance, response in zip(self.instances, responses, strict=True):
-            plain = tuple(response) if self.kind == "loglikelihood" else response
-            instance.resps, instance.filtered_resps = [plain] * (instance.repeats or 1), {}
+        for instance in self.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        for instance, response in zip(self._asked, responses, strict=True):
+            instance.resps.append(tuple(response) if self.kind == "loglikelihood" else response)
         with quiet():
             self.task.apply_filters()
-        return [self._judge(item) for item in self._of_item.values()]
+            return [self._judge(item) for item in self._of_item.values()]
 
     def _judge(self, item: list[Instance]) -> Outcome:
         values: dict[str, Any] = {}
@@ -161,7 +185,10 @@ class CatalogueTask:
         return str(choices[max(range(len(found)), key=found.__getitem__)])
 
     def aggregate(self, metric: str, values: Sequence[Any]) -> float:
-        return float(self.task.aggregation()[metric.partition(":")[0]](list(values)))
+        try:
+            return float(self.task.aggregation()[metric.partition(":")[0]](list(values)))
+        except OverflowError:  # exp of the loss of a word that is a whole text
+            return float("inf")
 
 
 def load_tasks(wanted: Sequence[Wanted], engine: TextEngine, *, unsafe: bool = False) -> list[CatalogueTask]:
@@ -179,6 +206,8 @@ def load_tasks(wanted: Sequence[Wanted], engine: TextEngine, *, unsafe: bool = F
     found: dict[str, CatalogueTask] = {}
     for one in wanted:
         for task in _read(one):
+            if task.config.task in found:
+                continue
             if getattr(task, "UNSAFE_CODE", False) and not unsafe:
                 fix = "evaluate the suite `code`, which runs programs in a sandbox, or say --unsafe"
                 raise EvaluationError("this task runs the model's code without protection", where=one.name, fix=fix)
@@ -189,12 +218,15 @@ def load_tasks(wanted: Sequence[Wanted], engine: TextEngine, *, unsafe: bool = F
             elif task.config.num_fewshot is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)  # lm-eval's own
-            found.setdefault(task.config.task, CatalogueTask(task, one, engine))
+            found[task.config.task] = CatalogueTask(task, one, engine)
     return list(found.values())
 
 
 def refuse_unknown(name: str, include: Sequence[str] = ()) -> None:
     """Raise EvaluationError, with the nearest name, if the catalogue has no task, group or tag of this name."""
+    for folder in include:
+        if not Path(folder).is_dir():
+            raise EvaluationError("there is no such folder of tasks", where=folder, fix="correct --include")
     if not _knows(_manager_for(name, tuple(include)), name):
         names = [*_manager(tuple(include)).all_tasks, *_manager(tuple(include)).task_index]
         near = did_you_mean(name, names)
@@ -203,9 +235,6 @@ def refuse_unknown(name: str, include: Sequence[str] = ()) -> None:
 
 
 def _read(wanted: Wanted) -> list[Any]:
-    for folder in wanted.include:
-        if not Path(folder).is_dir():
-            raise EvaluationError("there is no such folder of tasks", where=folder)
     refuse_unknown(wanted.name, wanted.include)
     manager = _manager_for(wanted.name, wanted.include)
     spec: Any = wanted.name
@@ -213,11 +242,21 @@ def _read(wanted: Wanted) -> list[Any]:
         spec = _own_data(wanted, manager)
     try:
         with quiet():
-            return list(manager.load([spec])["tasks"].values())
-    except (EvaluationError, DataError):
-        raise
+            tasks = list(manager.load([spec])["tasks"].values())
     except Exception as error:  # of any type: the data set is fetched and a first item made here
         raise _unreadable(wanted, error) from error
+    for task in tasks if wanted.data else ():
+        _refuse_missing_columns(task, next(iter(wanted.data.values())))
+    return tasks
+
+
+def _refuse_missing_columns(task: Any, file: str) -> None:
+    """Refuse rows without a column that a template names by itself: lm-eval would take the name for the text."""
+    for part in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        named = getattr(task.config, part, None)
+        if isinstance(named, str) and named.isidentifier() and named not in task.features:
+            fix = f"rename the column that holds it; there are: {', '.join(task.features)}"
+            raise DataError(f"no column {named!r} for the task's {part}", where=file, fix=fix)
 
 
 def _own_data(wanted: Wanted, manager: TaskManager) -> dict[str, Any]:
@@ -237,6 +276,11 @@ def _own_data(wanted: Wanted, manager: TaskManager) -> dict[str, Any]:
         raise EvaluationError("only a single task can be given files", where=wanted.name, fix=fix)
     own = load_yaml(entry.yaml_path)
     evaluated = next((own[key] for key in EVALUATED if own.get(key)), "test")
+    splits = sorted({"test", *(own[key] for key in SPLITS if own.get(key))})
+    for split in wanted.data:
+        if split not in splits:
+            fix = f"splits: {', '.join(splits)}"
+            raise EvaluationError(f"the task {wanted.name!r} has no split {split!r}", where="--data", fix=fix)
     files = {evaluated if split == "test" else split: str(Path(file).resolve()) for split, file in wanted.data.items()}
     tabs = {"sep": "\t"} if any(Path(file).suffix == ".tsv" for file in files.values()) else {}
     absent = {key: None for key in SPLITS if own.get(key) not in (None, *files)}
@@ -269,6 +313,9 @@ def _manager_for(name: str, include: tuple[str, ...]) -> TaskManager:
                 )
             if _knows(near, name):
                 return near
+    for file in (file for folder in include for file in Path(folder).rglob(f"{name}.yaml")):
+        fix = "see that it is YAML, and that it says `task: " + name + "`"
+        raise EvaluationError("lm-eval cannot read this file as a task", where=str(file), fix=fix)
     return _manager(include)
 
 
@@ -292,9 +339,25 @@ def quiet() -> Iterator[None]:
 
 
 def _templates(task: Any) -> Any:
-    """Give everything that shapes prompts and judgements, as plain values; functions by their code."""
+    """Give what shapes prompts and judgements, wherever the rows come from, as plain values; functions by their code."""
     shaping = task.dump_config() if isinstance(task, ConfigurableTask) else {"task": type(task).__name__}
-    return {key: value for key, value in shaping.items() if not key.startswith("dataset")}
+    return _plain(
+        {key: value for key, value in shaping.items() if key != "num_fewshot" and not key.startswith("dataset")}
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        places = ("config_source", "split", *SPLITS)
+        return {str(key): _plain(part) for key, part in value.items() if key not in places}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):  # built in, or an object that can be called
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
 
 
 def _hash(value: Any) -> str:
@@ -306,6 +369,8 @@ def _unreadable(wanted: Wanted, error: Exception) -> Exception:
     where = next(iter(wanted.data.values()), wanted.name)
     if wanted.data:
         return DataError(f"the data do not fit the task {wanted.name!r}: {said}", where=where, fix=_columns(where))
+    if isinstance(error, TypeError | KeyError | AttributeError | ImportError):
+        return EvaluationError(f"the task {wanted.name!r} cannot be made: {said}", where=where, fix="correct its file")
     fix = f"fetch it while online, or name a file: --data {wanted.name}=FILE"
     return DataError(f"the data of {wanted.name!r} cannot be had: {said}", where=where, fix=fix)
 

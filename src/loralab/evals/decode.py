@@ -144,7 +144,8 @@ class _Batch:
 def write_refilling(passes: Passes, rows: Sequence[Row], choice: Choice, budget: int, tally: Tally) -> None:
     """Write answers in a batch that rows leave as soon as they end, and that others join.
 
-    Long ones begin first, so that few are left over at the end. Rows are let in when a quarter of the batch is free, as a
+    Those of the largest limit begin first, so that few are left over at the end, and among them those of the shortest prompts:
+    what joins later is then about as long as what has grown meanwhile. Rows are let in when a quarter of the batch is free, as a
     pass over few prompts costs about as much as one over many. Room is kept for each row up to its limit at first, then for
     twice what answers have taken so far; where that was too little, the rows that have written least wait again.
 
@@ -155,7 +156,7 @@ def write_refilling(passes: Passes, rows: Sequence[Row], choice: Choice, budget:
         budget: most tokens, rows × columns, held at once; a single row may be larger.
         tally: counts what is computed.
     """
-    waiting = deque(sorted(rows, key=lambda row: (-row.longest, row.group)))
+    waiting = deque(sorted(rows, key=lambda row: (-row.prompt.limit, row.size, row.group)))
     batch, begin, usual = _Batch(passes), _Beginning(passes, rows, tally), _Usual()
     while waiting or batch.rows:
         fitting = _fitting(waiting, batch.rows, budget, usual) if waiting else 0
@@ -164,7 +165,7 @@ def write_refilling(passes: Passes, rows: Sequence[Row], choice: Choice, budget:
             joining = [waiting.popleft() for _ in range(fitting)]
             _let_in(batch, joining, choice, begin, tally)
             usual.learn(joining)
-        elif batch.size > budget and len(batch.rows) > 1:
+        elif batch.size > budget:
             waiting.extendleft(_put_back(batch, budget, tally))
         if batch.rows:
             tally.steps += 1

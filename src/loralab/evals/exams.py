@@ -39,10 +39,10 @@ class ItemExam:
     """
 
     def __init__(self, task: Task, engine: TextEngine, metric: str) -> None:
-        probe = AccuracyProbe if metric == "accuracy" else ChoiceProbe
         skill = task.items[0].skill
         self.metric = metric
-        self._probe = probe(f"{skill}/{metric}", [task], engine.head, engine.tokenizer)
+        named = f"{skill}/{metric}", [task], engine.head, engine.tokenizer
+        self._probe = AccuracyProbe(*named) if metric == "accuracy" else ChoiceProbe(*named, engine.likelihood)
         items = self._probe.items
         self.card = Card(
             name=skill,

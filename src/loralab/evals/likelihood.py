@@ -135,9 +135,9 @@ class Prepared:
             rows.append(self._row([number], collate([Example(path, [False] * len(path))]), [np.arange(len(path))]))
         return rows
 
-    def _row(self, numbers: list[int], batch: Batch, where: list[Int[np.ndarray, " path"]]) -> _Row:
+    def _row(self, numbers: list[int], batch: Batch, where: list[Int[np.ndarray, " _"]]) -> _Row:
         """Say which positions of a batch predict the continuations of these requests."""
-        wanted: list[Int[np.ndarray, " continuation"]] = []
+        wanted: list[Int[np.ndarray, " _"]] = []
         targets: list[int] = []
         owners: list[int] = []
         for number, row in zip(numbers, where, strict=True):
@@ -151,7 +151,7 @@ class Prepared:
         )
 
     def score(self, views: Sequence[View]) -> list[list[Likelihood]]:
-        """Score each request in each view: views × requests."""
+        """Score each request in each view: views × requests. Raises EvaluationError for logits that are not numbers."""
         totals = np.zeros((len(views), len(self.unique)))
         misses = np.zeros((len(views), len(self.unique)))
         with measuring(self.engine.head.model):
@@ -161,6 +161,10 @@ class Prepared:
                         log_p, missed = self._read(row)
                     totals[number] += np.bincount(row.owners, log_p, minlength=len(self.unique))
                     misses[number] += np.bincount(row.owners, missed, minlength=len(self.unique))
+        if (lost := np.isnan(totals).any(1)).any():
+            fix = "load the model in float32 or bfloat16, and check the delta: a training that diverged leaves such weights"
+            who = f"model {int(np.argmax(lost)) + 1} of {len(views)}"
+            raise EvaluationError("the model's logits are not numbers", where=who, fix=fix)
         self.engine.tally.plain_tokens += self._plain_tokens * len(views)
         return [
             [Likelihood(float(total[i]), bool(missed[i] == 0)) for i in self._number]
@@ -179,7 +183,7 @@ class Prepared:
             end = begin + len(logits)
             mine = order[taken : taken + int(((row.which >= begin) & (row.which < end)).sum())]
             line, target = row.which[mine] - begin, row.targets[mine]
-            missed[mine] = (logits[line, target] < logits.amax(-1)[line]).double()
+            missed[mine] = (logits.argmax(-1)[line] != target).double()  # of equal ones the first, as in decoding
             log_p[mine] = torch.log_softmax(logits, -1)[line, target].double()
             begin, taken = end, taken + len(mine)
         return log_p.cpu().numpy(), missed.cpu().numpy()

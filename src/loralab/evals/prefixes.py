@@ -86,7 +86,7 @@ class Tree:
         row, places = torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None]
         return Batch(row, places, torch.full_like(row, IGNORED), lengths, tuple(self.parents))
 
-    def rows(self) -> list[Int[ndarray, " path"]]:
+    def rows(self) -> list[Int[ndarray, " _"]]:
         """Give for each path where its tokens stand in the row."""
         ends = np.cumsum([len(segment) for segment in self.segments])
         return [
@@ -102,14 +102,18 @@ def trees(
     Args:
         paths: without the empty one.
         joints: of each path, where a split is most likely to serve others too: the end of its context.
-        most_tokens: of a row.
+        most_tokens: of a row; where all paths begin alike, a row may be eight times as long as that beginning.
 
     Yields:
         Numbers of the paths in a row, in the order in which they were added, and the row.
     """
     numbers: list[int] = []
     tree, size = Tree(), 0
-    for number in sorted(range(len(paths)), key=paths.__getitem__):
+    order = sorted(range(len(paths)), key=paths.__getitem__)
+    if len(order) > 1:
+        # Each row computes what all begin with once more: longer rows keep that to an eighth of them.
+        most_tokens = max(most_tokens, 8 * _shared(paths[order[0]], paths[order[-1]], len(paths[order[0]])))
+    for number in order:
         path = paths[number]
         shared = _shared(paths[numbers[-1]], path, joints[number]) if numbers else 0
         if numbers and size + len(path) - shared > most_tokens:
@@ -123,7 +127,7 @@ def trees(
 
 
 def _shared(before: tuple[int, ...], path: tuple[int, ...], joint: int) -> int:
-    """Count the tokens to share: up to the joint if both reach it and little more is alike, none if they are few."""
+    """Count the tokens to share: up to the joint if both reach it and little more is alike; of few only a whole path."""
     alike = 0
     for a, b in zip(before, path, strict=False):
         if a != b:
@@ -131,4 +135,4 @@ def _shared(before: tuple[int, ...], path: tuple[int, ...], joint: int) -> int:
         alike += 1
     if joint <= alike < min(joint + SHORTEST, len(path)):
         alike = joint
-    return alike if alike >= SHORTEST else 0
+    return alike if alike >= SHORTEST or alike == len(before) == len(path) else 0

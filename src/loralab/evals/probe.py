@@ -1,5 +1,6 @@
 """What all probes share: their seam, the reading they give, how the model stands meanwhile, how documents are laid out."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from loralab.base.data import Batch, collate
+from loralab.base.model import backbone
 from loralab.base.text import Example
 from loralab.evals.stats import Score
 
@@ -56,6 +58,33 @@ def measuring(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
         torch.set_rng_state(random)
+
+
+@dataclass
+class Cost:
+    """What measuring took: seconds, passes through the model, and tokens that passed through it (padding included)."""
+
+    seconds: float = 0.0
+    forwards: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def counting(model: nn.Module, cost: Cost) -> Iterator[None]:
+    """Add to `cost` what a model does inside, whoever asks it."""
+
+    def count(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = named.get("input_ids", given[0] if given else None)
+        cost.forwards += 1
+        cost.tokens += 0 if tokens is None else tokens.numel()
+
+    begin = time.perf_counter()
+    hook = backbone(model).register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        cost.seconds += time.perf_counter() - begin
 
 
 def side_by_side(examples: Sequence[Example], *, together: bool = True) -> list[Batch]:

@@ -11,15 +11,14 @@ shorter one could never lose otherwise. Guessing gives the mean of 1 / choices.
 Prompts and answers become tokens as training rows do (`base/text.py`): what is measured is what is trained.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loralab.base.text import Example, encode, prompted
 from loralab.errors import DataError, ModelError
 from loralab.evals.generate import Prompt, answers, room, stop_tokens
-from loralab.evals.probe import Reading, measuring, side_by_side
-from loralab.evals.stats import skill_scores
+from loralab.evals.likelihood import Engine, Request
+from loralab.evals.probe import side_by_side
+from loralab.evals.shares import ShareProbe
 from loralab.training.loss import LanguageHead
 
-SHARE = "share of items"
 MORE_TOKENS = 16
 """An answer may be twice as long as the one that is known, and this much longer."""
 
@@ -71,40 +70,12 @@ class Task:
     ends: bool = True
 
 
-class _ItemProbe(ABC):
-    """Shares of items that are right, by skill, paired with the base item by item."""
+class _ItemProbe(ShareProbe):
+    """A share of items with known answers."""
 
     def __init__(self, name: str, items: Sequence[Any], head: LanguageHead) -> None:
-        self.name, self.items, self.head = name, list(items), head
-        self._skills = [item.skill for item in items]
-        self._base: ndarray | None = None
-
-    @abstractmethod
-    def _right(self) -> Bool[ndarray, " items"]:
-        """Tell of each item whether the model has it right."""
-
-    def read_base(self, without: AbstractContextManager[None] | None = None) -> Reading:
-        """Read the base (inside `without`, which switches the delta off) and keep what later readings pair with."""
-        with without or nullcontext(), measuring(self.head.model):
-            self._base = self._right()
-        return self._reading(self._base)
-
-    def read(self, step: int | None = None) -> Reading:
-        """Read the model as it is now; the change from the base is that of each item, averaged."""
-        with measuring(self.head.model):
-            right = self._right()
-        reading = self._reading(right)
-        if self._base is not None:
-            change = right.astype(float) - self._base.astype(float)
-            reading.scores.extend(skill_scores(f"{self.name}_change", SHARE, change, self._skills))
-        return reading
-
-    def _reading(self, right: Bool[ndarray, " items"]) -> Reading:
-        rows = [
-            {"skill": item.skill, "prompt": item.prompt, "right": float(r)}
-            for item, r in zip(self.items, right, strict=True)
-        ]
-        return Reading(skill_scores(self.name, SHARE, right.astype(float), self._skills), rows)
+        self.items, self.head = list(items), head
+        super().__init__(name, [(item.skill, item.prompt) for item in self.items], head.model)
 
 
 class AccuracyProbe(_ItemProbe):
@@ -131,8 +102,8 @@ class AccuracyProbe(_ItemProbe):
             what = f"{type(head.model).__name__} cannot generate, so no answer of {self._written[0][1].skill} is graded"
             raise ModelError(what, where=_key_of(name), fix="leave that task out")
 
-    def _right(self) -> Bool[ndarray, " items"]:
-        right = np.zeros(len(self.items), dtype=np.bool_)
+    def right(self) -> Float[ndarray, " items"]:
+        right = np.zeros(len(self.items))
         right[self._exact] = self._known.sums(self._misses) == 0
         if self._written:
             texts = answers(self.head.model, self._tokenizer, self._prompts, together=self.head.packs)
@@ -150,29 +121,51 @@ class AccuracyProbe(_ItemProbe):
 class ChoiceProbe(_ItemProbe):
     """Share of items whose right choice is the likeliest.
 
+    Args:
+        name: `<role>/choice`, or another.
+        tasks: of their items, those with choices are asked.
+        head: of the model.
+        tokenizer: of the model.
+        engine: that scores; None makes one.
+
     Raises:
         DataError: an item is longer than the model can read.
     """
 
     def __init__(
-        self, name: str, tasks: Sequence[Task], head: LanguageHead, tokenizer: PreTrainedTokenizerBase
+        self,
+        name: str,
+        tasks: Sequence[Task],
+        head: LanguageHead,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__(name, [item for task in tasks for item in task.items if item.choices], head)
         pairs = [(item.prompt, choice) for item in self.items for choice in item.choices]
         found = iter(_examples(pairs, head.model, tokenizer, name))
         examples = [_comparable([next(found) for _ in item.choices]) for item in self.items]
-        self._choices = _Packed([example for group in examples for example in group], head)
+        requests = [_request(example) for group in examples for example in group]
+        self._scored = [i for i, request in enumerate(requests) if request.continuation]
+        self._count = len(requests)
+        self._requests = (engine or Engine(head)).prepared([requests[i] for i in self._scored])
 
     @property
     def chance(self) -> float:
         """Expected share of a guesser: the mean over items of 1 / choices."""
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
-    def _right(self) -> Bool[ndarray, " items"]:
-        likelihoods = iter(self._choices.sums(_log_likelihood).tolist())
-        groups = ([next(likelihoods) for _ in item.choices] for item in self.items)
-        taken = [int(np.argmax(group)) for group in groups]
-        return np.array([choice == item.right for choice, item in zip(taken, self.items, strict=True)])
+    def log_likelihoods(self) -> list[list[float]]:
+        """Give log p of each choice of each item behind its prompt, in nats."""
+        sums = [0.0] * self._count  # of a choice of which no token can be predicted
+        (found,) = self._requests.score([nullcontext])
+        for i, one in zip(self._scored, found, strict=True):
+            sums[i] = one.log_likelihood
+        in_order = iter(sums)
+        return [[next(in_order) for _ in item.choices] for item in self.items]
+
+    def right(self) -> Float[ndarray, " items"]:
+        taken = [int(np.argmax(group)) for group in self.log_likelihoods()]
+        return np.array([float(choice == item.right) for choice, item in zip(taken, self.items, strict=True)])
 
 
 class _Packed:
@@ -193,8 +186,11 @@ class _Packed:
         return np.bincount(self._owner, values, minlength=self._count).astype(float)
 
 
-def _log_likelihood(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    return torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
+def _request(example: Example) -> Request:
+    """Cut an example where its choice begins; its first token is never predicted, as nothing comes before it."""
+    begin = int(np.argmax(example.labelled)) if example.num_labelled else len(example)
+    tokens = tuple(example.tokens.tolist())
+    return Request(tokens[:begin], tokens[begin:])
 
 
 def _comparable(choices: list[Example]) -> list[Example]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,7 +79,7 @@ class Stops:
 
     def __init__(self, tokens: Collection[int], tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.tokens, self._tokenizer = frozenset(tokens), tokenizer
-        self._special = frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset()
+        self._special = _special_tokens(tokenizer) if tokenizer is not None else frozenset()
         self._alone: dict[int, str] = {}
 
     def tokens_of(self, prompt: Prompt) -> frozenset[int]:
@@ -114,8 +114,14 @@ class Stops:
             self._alone[token] = _decoded([token], self._tokenizer)
         alone = self._alone[token]
         # Alone, a token may lose the space it begins with, and half a character shows only with its other half.
-        unsure = not alone or _HALF_A_CHARACTER in alone or any(text[-1] == " " for text in texts)
+        unsure = _HALF_A_CHARACTER in alone or any(text[-1] == " " for text in texts)
         return unsure or any(text[-1] in alone for text in texts)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """List the tokens that are left out of a text: those with a role, and others that were added as special."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
 @dataclass(eq=False)

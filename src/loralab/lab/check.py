@@ -46,6 +46,8 @@ class Check:
     stop: StopProof
     memory: Memory
     total_steps: int
+    exams: dict[str, dict[str, Any]]
+    """Suites and tasks of the catalogue that would be probed, as the run's `environment.json` names them."""
     measured_bytes: int | None = None
     """By how much two real steps raised the peak of the process, model and data already loaded."""
 
@@ -58,6 +60,7 @@ class Check:
             "trained_parameters": self.attachment.trained_parameters,
             "all_parameters": self.attachment.all_parameters,
             "data": self.counts,
+            "exams": self.exams,
             "examples": [[{"text": text, "labelled": labelled} for text, labelled in runs] for runs in self.examples],
             "stop_tokens": dict(self.stop.stops),
             "every_completion_stops": self.stop.holds,
@@ -88,6 +91,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         prove_stop(sample, base.tokenizer),
         estimate(spec, base, prepared.attachment),
         prepared.total_steps,
+        {f"{role} {one.skill}": one.facts for role, exams in prepared.data.exams.items() for one in exams},
         peak_bytes() - before if measure else None,
     )
 

@@ -8,18 +8,19 @@ from typing import Any
 
 from loralab.base.model import Base, load
 from loralab.delta.several import Wardrobe
-from loralab.errors import ModelError
+from loralab.errors import DataError, EvaluationError, ModelError
 from loralab.evals.catalogue import Wanted, load_tasks
 from loralab.evals.code import read_problems
 from loralab.evals.exam import Exam
 from loralab.evals.exams import ItemExam, code_exam, written_exam
+from loralab.evals.probe import Cost, counting
 from loralab.evals.suites import PROGRAMS, SUITES, Suite
 from loralab.evals.tasks import Task
 from loralab.evals.texts import TextEngine
 from loralab.lab.deltas import names_of, read_delta
 from loralab.lab.evaluation import BASE, Evaluation
 from loralab.lab.index import is_run, read_spec
-from loralab.lab.judge import Judged, curves_of, diversity_of, suite_mean
+from loralab.lab.judge import Judged, curves_of, diversity_of, is_finite, suite_mean
 from loralab.lab.measured import Measured
 from loralab.lab.questions import Questions, refuse_before_loading
 from loralab.lab.tasks import is_file_of_items, read_tasks
@@ -74,9 +75,11 @@ def evaluate(
     exams = exams_of(questions, engine)
     names = names_of(paths)
     wardrobe = Wardrobe(base.model, {n: read_delta(p, base) for n, p in zip(names, paths, strict=True)})
-    found = _taken(exams, questions, engine, wardrobe)
-    facts = _facts(base, names, paths, questions, engine) | {"suites": found.facts["suites"]}
-    facts["cost"] = _cost(engine, time.perf_counter() - begin)
+    cost = Cost()
+    with counting(base.model, cost):
+        found = _taken(exams, wardrobe)
+    facts = _facts(base, names, paths, questions) | dict(found.facts)
+    facts["cost"] = _cost(cost, engine, time.perf_counter() - begin)
     evaluation = Evaluation(found.models, found.measured, found.items, facts, found.curves, found.diversity)
     if out is not None:
         evaluation.write(out)
@@ -84,21 +87,25 @@ def evaluate(
 
 
 def exams_of(questions: Questions, engine: TextEngine) -> dict[str, list[Exam]]:
-    """Build the exams of every name that was asked for; one that comes again counts once.
+    """Build the exams of every name that was asked for; one that comes again, by itself or in a suite, is the same object.
 
     Raises:
-        LoralabError: data that cannot be had, or do not fit.
+        LoralabError: data that cannot be had, do not fit, or hold no items; two tasks of one name.
     """
-    seen: set[tuple[str, str]] = set()
+    known: dict[tuple[str, str], Exam] = {}
     found: dict[str, list[Exam]] = {}
-    for name in questions.tasks:
+    for name in dict.fromkeys(questions.tasks):
         suite = SUITES.get(name)
-        for part in suite.parts if suite else (name,):
-            for exam in _exams(part, suite, questions, engine):
-                key = (exam.card.name, exam.card.prompt_hash + str(getattr(exam, "metric", "")))
-                if suite is not None or key not in seen:
-                    found.setdefault(name, []).append(exam)
-                seen.add(key)
+        built = [e for part in (suite.parts if suite else (name,)) for e in _exams(part, suite, questions, engine)]
+        if not built:
+            raise DataError("there are no items", where=name, fix="give it rows")
+        found[name] = [known.setdefault((exam.card.name, getattr(exam, "metric", "")), exam) for exam in built]
+        for mine, first in zip(built, found[name], strict=True):
+            if mine.card.prompt_hash != first.card.prompt_hash:
+                fix = "evaluate them one after the other, or give the rows another `skill`"
+                raise EvaluationError(
+                    f"two tasks are named {mine.card.name!r}, and are not the same", where=name, fix=fix
+                )
     return found
 
 
@@ -106,6 +113,8 @@ def _exams(name: str, suite: Suite | None, questions: Questions, engine: TextEng
     if name in PROGRAMS:
         path = questions.data_of(name).get("test", PROGRAMS[name])
         problems = read_problems(path)[: questions.limit]
+        if not problems:
+            return []
         sampled: dict[str, Any] = {"samples": questions.samples, "sampling": questions.sampling}
         return [code_exam(name, problems, engine, **sampled, unsafe=questions.unsafe)]
     if world.is_address(name) or is_file_of_items(name):
@@ -133,27 +142,29 @@ def _item_exams(name: str, questions: Questions, engine: TextEngine) -> list[Exa
     return exams
 
 
-def _taken(
-    exams: Mapping[str, Sequence[Exam]], questions: Questions, engine: TextEngine, wardrobe: Wardrobe
-) -> Evaluation:
+def _taken(exams: Mapping[str, Sequence[Exam]], wardrobe: Wardrobe) -> Evaluation:
     """Take every exam on all models and judge it."""
     models = [BASE, *wardrobe.names]
     measured: list[Measured] = []
     items, curves, diversity = (list[dict[str, Any]]() for _ in range(3))
+    left_out: list[str] = []
     suites: dict[str, list[str]] = {}
+    taken: dict[int, list[Judged]] = {}
     for name, mine in exams.items():
         counted: list[Judged] = []
         for exam in mine:
-            outcomes = exam.outcomes(wardrobe.views())
+            if id(exam) not in taken:
+                outcomes = exam.outcomes(wardrobe.views())
+                metrics = {metric: is_finite(exam, metric, outcomes) for metric in outcomes[0][0].values}
+                left_out += [f"{exam.card.name}/{metric}" for metric, finite in metrics.items() if not finite]
+                taken[id(exam)] = [Judged(exam, m, models, outcomes) for m, finite in metrics.items() if finite]
+                for judged in taken[id(exam)]:
+                    measured += judged.measured()
+                    items += judged.rows(outcomes)
+                curves += curves_of(exam.card.name, models, outcomes)
+                diversity += diversity_of(exam.card.name, models, outcomes)
             wanted = SUITES[name].parts.get(exam.card.name) if name in SUITES else None
-            for metric in outcomes[0][0].values:
-                judged = Judged(exam, metric, models, outcomes)
-                measured += judged.measured()
-                items += judged.rows(outcomes)
-                if metric == wanted or wanted is None:
-                    counted.append(judged)
-            curves += curves_of(exam.card.name, models, outcomes)
-            diversity += diversity_of(exam.card.name, models, outcomes)
+            counted += [judged for judged in taken[id(exam)] if wanted in (None, judged.metric)]
         if name in SUITES:
             suites[name] = [one.name for one in counted]
             measured += suite_mean(name, counted)
@@ -164,32 +175,30 @@ def _taken(
                     title = f"{name} by {metric}"
                     suites[title] = [one.name for one in parts]
                     measured += suite_mean(title, parts)
-    return Evaluation(models, measured, items, {"suites": suites}, curves, diversity)
+    return Evaluation(models, measured, items, {"suites": suites, "left_out": left_out}, curves, diversity)
 
 
-def _facts(
-    base: Base, names: Sequence[str], paths: Sequence[str], questions: Questions, engine: TextEngine
-) -> dict[str, Any]:
-    asked = asdict(questions)
+def _facts(base: Base, names: Sequence[str], paths: Sequence[str], questions: Questions) -> dict[str, Any]:
     return {
         "model": base.path,
         "fingerprint": base.fingerprint,
         "revision": base.revision,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "deltas": {name: {"path": path} for name, path in zip(names, paths, strict=True)},
-        **asked,
+        **asdict(questions),
         "sampling": asdict(questions.sampling),
         "environment": environment(),
     }
 
 
-def _cost(engine: TextEngine, seconds: float) -> dict[str, Any]:
-    scoring, writing = engine.likelihood.tally, engine.writer.tally
-    return {
-        "forwards": scoring.forwards,
-        "tokens": scoring.tokens,
-        "plain_tokens": scoring.plain_tokens,
+def _cost(cost: Cost, engine: TextEngine, seconds: float) -> dict[str, Any]:
+    scoring = engine.likelihood.tally
+    found = {
+        "forwards": cost.forwards,
+        "tokens": cost.tokens,
         "truncated": scoring.truncated,
-        "writing": asdict(writing),
         "seconds": round(seconds, 3),
     }
+    # Beside a plain scorer stands what was scored, and only where nothing was written.
+    alone = cost.tokens == scoring.tokens and scoring.tokens
+    return found | ({"plain_tokens": scoring.plain_tokens} if alone else {})

@@ -8,14 +8,14 @@
       evaluation.json   facts, and how many rows the other files hold; written last, so that it says the rest is whole
 
 Facts are plain values. Known keys: `model`, `fingerprint`, `deltas` (by name: `path`, `fingerprint`), `suites` (by name: the
-scores they are the mean of), `limit`, `seed`, `environment` (as `run.folder.environment`) and `cost` (`forwards`, `tokens`
-computed, `plain_tokens` that a scorer of one request at a time would compute, `seconds`, `truncated` contexts). Others are kept.
+scores they are the mean of), `left_out` (scores beyond all numbers), `limit`, `seed`, `environment` (as `run.folder.environment`)
+and `cost` (`forwards`, `tokens` computed, `plain_tokens` that a scorer of one request at a time would compute, `seconds`,
+`truncated` contexts). Others are kept.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from pyarrow import parquet
 
 from loralab.errors import FolderError
 from loralab.lab.index import is_run
+from loralab.lab.items import EVALUATED_ITEMS as ITEMS
+from loralab.lab.items import write_table
 from loralab.lab.measured import AGAIN, LEVEL, Measured, Verdict, changes_of, finite, judged, plain
 from loralab.run.files import explain_failed_writes, read_json, read_lines, write_atomic, write_json
 
@@ -32,24 +34,6 @@ __all__ = ["BASE", "FACTS", "ITEMS", "Evaluation", "Measured", "changes_of", "is
 BASE = "base"
 FACTS = "evaluation.json"
 FILES = {FACTS, "scores.jsonl", "items.parquet", "curves.jsonl", "diversity.jsonl", "report.html"}
-ITEMS = pa.schema(
-    [
-        ("probe", pa.string()),
-        ("item", pa.int64()),
-        ("num_tokens", pa.float64()),
-        ("base_loss_sum", pa.float64()),
-        ("tuned_loss_sum", pa.float64()),
-        ("skill", pa.string()),
-        ("base_right", pa.float64()),
-        ("tuned_right", pa.float64()),
-        ("prompt", pa.string()),
-        ("model", pa.string()),
-        ("reference", pa.string()),
-        ("base_output", pa.string()),
-        ("tuned_output", pa.string()),
-    ]
-)
-"""Columns of `items.parquet`: those of a run, then the delta's name, the right answer, and what base and delta wrote."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +150,8 @@ class Evaluation:
             said.append(f"{forwards:,.0f} forwards over {tokens:,.0f} tokens{took}{alone}.")
         if cuts := numbers.get("truncated"):
             said.append(f"{cuts:,.0f} contexts were longer than the model reads, and were cut at their beginning.")
+        if beyond := self.facts.get("left_out"):
+            said.append(f"Left out, as too large for a number: {', '.join(map(str, beyond))}.")
         if limit := finite(self.facts.get("limit")):
             said.append(f"At most {limit:,.0f} items of each task: the others were left out.")
         return said
@@ -193,9 +179,7 @@ class Evaluation:
                 write_atomic(file, "".join(_line(row) for row in rows))
             else:
                 file.unlink(missing_ok=True)
-        table = BytesIO()
-        parquet.write_table(pa.Table.from_pylist([dict(row) for row in self.items], schema=ITEMS), table)
-        write_atomic(path / "items.parquet", table.getvalue())
+        write_table(path / "items.parquet", self.items, ITEMS)
         counts = {name: len(rows) for name, rows in lines.items()} | {"items": len(self.items)}
         write_json(path / FACTS, plain({"models": list(self.models), "counts": counts, "facts": dict(self.facts)}))
         return path

@@ -63,6 +63,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
     loop = loop_of(spec, prepared)
     watch = RunWatch(
         folder=folder,
+        model=prepared.base.model,
         method=prepared.method,
         probes=prepared.probes,
         samples=prepared.samples,
@@ -103,14 +104,14 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         for mirror in watch.mirrors:
             mirror.close()
     save_delta(folder, prepared)
-    write_items(folder, watch.base_readings, watch.final_readings())
+    write_items(folder, watch.base_readings, watch.final_readings(loop.step))
     _describe_delta(folder, prepared, watch, loop.step)
     folder.write_status(
         state="done",
         step=loop.step,
         total_steps=loop.total_steps,
         tokens=loop.num_tokens,
-        wall_s=round(watch.wall_s, 3),
+        **watch.facts,
         peak_bytes=peak_bytes(),
         end="all steps done" if loop.step == prepared.total_steps else "the chain ended early",
     )

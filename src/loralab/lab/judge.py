@@ -1,6 +1,7 @@
 """Outcomes into scores: each model's value with its error, and the paired change of each delta from the base."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,12 @@ class Judged:
         for model, values in zip(models[1:], self._values[1:], strict=True):
             self.changes[model] = self._change(self._values[0], values)
 
-    @property
+    @cached_property
     def is_right_or_wrong(self) -> bool:
         """Whether each item is either right or wrong."""
         return all(_is_number(v) and float(v) in (0.0, 1.0) for values in self._values for v in values)
 
-    @property
+    @cached_property
     def is_mean(self) -> bool:
         """Whether the value is the mean over items."""
         if not all(_is_number(v) for values in self._values for v in values):
@@ -58,7 +59,8 @@ class Judged:
             unit = SHARE if self.is_right_or_wrong or "pass@" in self.metric else "mean over items"
             return mean_score(self.name, unit, numbers, np.ones(len(numbers)))
         whole = self.exam.aggregate(self.metric, values)
-        spread = float(np.std(self._resampled(values), ddof=1)) if len(values) > 1 else None
+        draws = self._resampled(values)
+        spread = float(np.std(draws, ddof=1)) if len(values) > 1 and np.isfinite(draws).all() else None
         return Score(self.name, whole, self.metric.replace("_", " "), len(values), spread)
 
     def _change(self, base: list[Any], tuned: list[Any]) -> Change:
@@ -68,9 +70,10 @@ class Judged:
             return paired_values(np.array(base, float), np.array(tuned, float))
         value = self.exam.aggregate(self.metric, tuned) - self.exam.aggregate(self.metric, base)
         before, after = (self.exam.aggregate(self.metric, values) for values in (base, tuned))
-        if len(base) < 2:
+        draws = self._resampled(tuned), self._resampled(base)  # the same items are drawn for both
+        if len(base) < 2 or not np.isfinite(draws).all():
             return Change(len(base), before, after, value, None, None, None, None)
-        moved = self._resampled(tuned) - self._resampled(base)  # the same items are drawn for both
+        moved = draws[0] - draws[1]
         low, high = np.quantile(moved, (0.025, 0.975))
         ends = (float(low), float(high))
         return Change(len(base), before, after, value, float(np.std(moved, ddof=1)), ends, ends, None)
@@ -121,6 +124,11 @@ class Judged:
         if not self.is_mean:
             return {}
         return {"base_right": float(base), "tuned_right": None if tuned is None else float(tuned)}
+
+
+def is_finite(exam: Exam, metric: str, outcomes: Sequence[Sequence[Outcome]]) -> bool:
+    """Tell whether a metric is a finite number on all models; the perplexity of a long word may be beyond all floats."""
+    return all(np.isfinite(exam.aggregate(metric, [outcome.values[metric] for outcome in mine])) for mine in outcomes)
 
 
 def _is_number(value: Any) -> bool:

@@ -1,32 +1,33 @@
 """From a spec to the objects of a run: base, data, method, probes. Shared by `train` and `check`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from loralab.base.corpus import Corpus, tokenise
-from loralab.base.data import Batch, Feed
+from loralab.base.data import Feed
 from loralab.base.hub import find
 from loralab.base.model import Base, load
 from loralab.base.packing import pack
 from loralab.base.sources import Source, Template, local_files
 from loralab.base.stream import StreamingFeed, tokenise_head
-from loralab.base.text import Example
 from loralab.errors import DataError, LoralabError, ModelError, SpecError
-from loralab.evals.drift import TextProbe
-from loralab.evals.probe import Probe, side_by_side
-from loralab.evals.samples import Samples, samples_of_tasks, samples_of_texts
-from loralab.evals.tasks import Task, probes_of
-from loralab.lab.tasks import fingerprint, look_for, read_tasks
+from loralab.evals.exam_probe import ExamProbe
+from loralab.evals.probe import Probe
+from loralab.evals.samples import Samples
+from loralab.evals.tasks import Task
+from loralab.evals.texts import TextEngine
+from loralab.lab.exam_probes import exam_probes, look_for_exams
+from loralab.lab.probes import kept_samples, task_probes, text_probes
+from loralab.lab.tasks import fingerprint, has_items, look_for, read_tasks
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.pocket import world
-from loralab.spec.spec import RunSpec, SourceSpec, TemplateSpec
+from loralab.spec.spec import RunSpec, SourceSpec, TaskSpec, TemplateSpec
 from loralab.spec.training import InverseSqrtSpec
 from loralab.training.loss import LanguageHead
 from loralab.training.optim import steps_of
@@ -45,14 +46,19 @@ class Data:
     validation: Corpus | None
     general: Corpus | None
     tasks: dict[str, list[Task]]
-    """Tasks of each role that has some, `target` and `source`."""
+    """Items of each role that has some, `target` and `source`."""
+    exams: dict[str, list[ExamProbe]] = field(default_factory=dict)
+    """Suites and tasks of the catalogue of each role that has some."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
-        found = {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
-        return found | {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
+        found: dict[str, Any] = {
+            name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)
+        }
+        found |= {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
+        return found | {f"{role} {one.skill}": one.facts for role, exams in self.exams.items() for one in exams}
 
     @property
     def report(self) -> dict[str, Any]:
@@ -91,7 +97,10 @@ def prepare(spec: RunSpec) -> Prepared:
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
     _refuse_short(spec, total)
-    probes, samples = _probes(spec, data, head, base), _samples(spec, data, head, base)
+    data = replace(data, exams=_exams(spec, head, base))
+    texts = text_probes(spec.probes, data.validation, data.general, head, method.without)
+    probes: list[Probe] = [*texts, *task_probes(data.tasks, data.exams, head, base)]
+    samples = kept_samples(spec.probes.samples, data.tasks, data.validation, head, base)
     return Prepared(base, data, method, attachment, head, probes, samples, total)
 
 
@@ -119,9 +128,9 @@ def _refuse_missing_files(spec: RunSpec) -> None:
                     _refuse_split(source.path, is_training=sources is spec.data.train)
             except LoralabError as error:
                 problems.append(error)
-    for task in (*spec.probes.target, *spec.probes.source):
+    for role, task in [(role, task) for role, tasks in _roles(spec).items() for task in tasks]:
         try:
-            look_for(task)
+            look_for(task) if has_items(task) else look_for_exams(role, task)
         except LoralabError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -189,7 +198,7 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     # Form and template describe the target's rows; general text is of another kind and says its own, if any.
     validation = corpus(_sources(data.validation, data.form, data.template))
     general = corpus(_sources(data.general, "auto", None))
-    named = {"target": spec.probes.target, "source": spec.probes.source}
+    named = {role: [task for task in written if has_items(task)] for role, written in _roles(spec).items()}
     tasks = {role: read_tasks(written) for role, written in named.items() if written}
     training = _sources(data.train, data.form, data.template)
     if data.streaming:
@@ -204,6 +213,20 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     if validation is None and data.validation_share > 0:
         train, validation = train.hold_out(data.validation_share)
     return Data(Feed(train, **portions), train, validation, general, tasks)
+
+
+def _roles(spec: RunSpec) -> dict[str, list[TaskSpec]]:
+    return {"target": spec.probes.target, "source": spec.probes.source}
+
+
+def _exams(spec: RunSpec, head: LanguageHead, base: Base) -> dict[str, list[ExamProbe]]:
+    """Build the requests of suites and tasks of the catalogue, by role."""
+    named = {role: [task for task in written if not has_items(task)] for role, written in _roles(spec).items()}
+    if not any(named.values()):
+        return {}
+    assert base.tokenizer is not None  # `read_data` has seen to it
+    engine = TextEngine(head, base.tokenizer)
+    return {role: exam_probes(role, tasks, engine) for role, tasks in named.items() if tasks}
 
 
 def _sources(sources: Sequence[SourceSpec] | None, form: str, template: TemplateSpec | None) -> list[Source]:
@@ -254,47 +277,3 @@ def _refuse_short(spec: RunSpec, total_steps: int) -> None:
         what = f"{total_steps} steps are fewer than the warm-up ({warmup}) and cooldown ({cooldown}) together"
         fix = "give shares (below 1) instead of steps, or train longer"
         raise SpecError([LoralabError(what, where="schedule.warmup", fix=fix)])
-
-
-def _probes(spec: RunSpec, data: Data, head: LanguageHead, base: Base) -> list[Probe]:
-    """Probe the target's validation rows and the general text, then the tasks.
-
-    Drift is watched on the general text if there is any.
-    """
-    probes: list[Probe] = []
-    device = next(head.model.parameters()).device
-    for name, corpus in (("target", data.validation), ("general", data.general)):
-        if corpus is not None and len(corpus):
-            drift = spec.probes.drift and (name == "general" or data.general is None)
-            batches = [batch.to(device) for batch in probe_batches(corpus, spec.probes.tokens, together=head.packs)]
-            probes.append(TextProbe(name, batches, head, drift=drift, top_k=spec.probes.top_k))
-    assert base.tokenizer is not None  # `read_data` has seen to it
-    for role, tasks in data.tasks.items():
-        probes += probes_of(role, tasks, head, base.tokenizer)
-    return probes
-
-
-def _samples(spec: RunSpec, data: Data, head: LanguageHead, base: Base) -> Samples | None:
-    """Choose the prompts whose answers are kept: of the tasks, and of the validation rows if the target has no task."""
-    assert base.tokenizer is not None
-    if not spec.probes.samples or not base.model.can_generate():
-        return None
-    common = base.model, base.tokenizer
-    found = [s for role, ts in data.tasks.items() for s in samples_of_tasks(role, ts, *common, spec.probes.samples)]
-    if "target" not in data.tasks and data.validation is not None:
-        texts = [data.validation[i] for i in range(min(len(data.validation), 2 * spec.probes.samples))]
-        found += samples_of_texts("target", texts, *common, spec.probes.samples)
-    return Samples(found, *common, together=head.packs) if found else None
-
-
-def probe_batches(corpus: Corpus, most_tokens: int, *, together: bool = True) -> list[Batch]:
-    """Choose documents in a fixed random order up to `most_tokens` (at least one), and lay them side by side."""
-    chosen: list[Example] = []
-    total = 0
-    for index in np.random.default_rng(0).permutation(len(corpus)).tolist():
-        example = corpus[index]
-        if chosen and total + len(example) > most_tokens:
-            break
-        chosen.append(example)
-        total += len(example)
-    return side_by_side(chosen, together=together)

@@ -3,36 +3,20 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-from pyarrow import parquet
 from safetensors import SafetensorError
 
 from loralab.delta.store import save_lowrank
 from loralab.errors import FolderError, Interrupted
 from loralab.evals.probe import Reading
 from loralab.evals.stats import Score
+from loralab.lab.items import ITEMS, write_table
 from loralab.lab.prepare import Prepared
-from loralab.run.folder import RunFolder, read_lines, write_atomic
+from loralab.run.folder import RunFolder, read_lines
 
 MEASURED = ("loss_sum", "right")
-ITEMS = pa.schema(
-    [
-        ("probe", pa.string()),
-        ("item", pa.int64()),
-        ("num_tokens", pa.float64()),
-        ("base_loss_sum", pa.float64()),
-        ("tuned_loss_sum", pa.float64()),
-        ("skill", pa.string()),
-        ("base_right", pa.float64()),
-        ("tuned_right", pa.float64()),
-        ("prompt", pa.string()),
-    ]
-)
-"""Columns of `items.parquet`: losses in nats, summed over an item's tokens; right is 1 or 0."""
 CHANGES = {"loss": "loss_rise", "accuracy": "accuracy_change", "choice": "choice_change"}
 """Which score is the paired change of which, by the last part of their names."""
 
@@ -134,9 +118,7 @@ def write_items(folder: RunFolder, base: dict[str, Reading], after: dict[str, Re
     """
     rows = [row for name, reading in after.items() for row in _paired(name, base[name], reading)]
     if rows:
-        table = BytesIO()
-        parquet.write_table(pa.Table.from_pylist(rows, schema=ITEMS), table)
-        write_atomic(folder.path / "items.parquet", table.getvalue())
+        write_table(folder.path / "items.parquet", rows, ITEMS)
 
 
 def _paired(probe: str, base: Reading, tuned: Reading) -> Iterator[dict[str, Any]]:

@@ -25,8 +25,23 @@ def is_file_of_items(path: str) -> bool:
     return Path(path).suffix in ROW_FILES
 
 
+def has_items(task: TaskSpec) -> bool:
+    """Tell whether a task is an address or file of items, and no name of a suite or of the catalogue."""
+    path = task.path
+    named = "/" not in path and "\\" not in path and not is_file_of_items(path) and not Path(path).is_file()
+    return world.is_address(path) or not named
+
+
 def look_for(task: TaskSpec) -> None:
-    """Look whether a task can be read. Raises DataError for a missing file or an unknown name, with the nearest one."""
+    """Look whether items can be read.
+
+    Raises:
+        DataError: a file is missing, a name unknown (with the nearest one), or it is to be asked as only the catalogue can.
+    """
+    for key in ("data", "include", "fewshot"):
+        if getattr(task, key) not in (None, {}, []):
+            fix = "leave it out: such items are asked as they stand"
+            raise DataError(f"`{key}` is for suites and tasks of lm-eval's catalogue", where=task.path, fix=fix)
     if world.is_address(task.path):
         world.suite(task.path, 1)
     else:

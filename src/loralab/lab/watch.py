@@ -3,11 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
+
+from torch import nn
 
 from loralab.base.device import peak_bytes
 from loralab.errors import Diverged
-from loralab.evals.probe import Probe, Reading
+from loralab.evals.probe import Cost, Probe, Reading, counting
 from loralab.evals.samples import Samples
 from loralab.evals.stats import Score
 from loralab.methods.base import Knot, Method
@@ -53,6 +56,7 @@ class RunWatch:
         self,
         *,
         folder: RunFolder,
+        model: nn.Module,
         method: Method,
         probes: list[Probe],
         samples: Samples | None = None,
@@ -66,15 +70,15 @@ class RunWatch:
         stop_requested: Callable[[], bool] = lambda: False,
         wall_s: float = 0.0,
     ) -> None:
-        self.folder, self.method, self.probes, self.samples = folder, method, probes, samples
+        self.folder, self.model, self.method, self.probes, self.samples = folder, model, method, probes, samples
         self.total_steps, self.display, self.mirrors = total_steps, display, mirrors
         self.probe_steps = max(1, steps_of(probe_every, total_steps))
         self.checkpoint_steps = max(1, steps_of(checkpoint_every, total_steps))
         self.keep_last, self.keep_best = keep_last, keep_best
         self.stop_requested = stop_requested
         self.base_readings: dict[str, Reading] = {}
-        self.readings: dict[str, Reading] = {}
-        self._measured_at: int | None = None
+        self.cost = Cost()
+        self._readings: dict[str, tuple[int, Reading]] = {}
         self._saved_at: int | None = None
         self._best: tuple[float, int] | None = None
         self._begin = time.perf_counter() - wall_s
@@ -84,10 +88,17 @@ class RunWatch:
         """Seconds of this run so far, those before a resume included."""
         return time.perf_counter() - self._begin
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the run and its probes took so far, as the status tells it."""
+        probes = {"probe_s": round(self.cost.seconds, 3), "probe_tokens": self.cost.tokens}
+        return {"wall_s": round(self.wall_s, 3), **probes, "probe_forwards": self.cost.forwards}
+
     def read_base(self, step: int) -> None:
         """Read the base with every probe; its scores are recorded once, before the first step."""
         for probe in self.probes:
-            reading = probe.read_base(self.method.without())
+            with counting(self.model, self.cost):
+                reading = probe.read_base(self.method.without())
             self.base_readings[probe.name] = reading
             if step == 0:
                 self._record(0, "base", reading.scores)
@@ -98,30 +109,35 @@ class RunWatch:
     def measure(self, step: int, *, last: bool = False) -> None:
         if step == 0:
             self.read_base(0)
-        if last or step % self.probe_steps == 0:
-            self._measure_now(step)
+        if (last or step % self.probe_steps == 0) and self.probes:
+            before = self.cost.seconds
+            readings = [self._read(probe, step) for probe in self.probes]
+            scores = [score for reading in readings for score in reading.scores]
+            self._record(step, "tuned", scores)
+            self._mirror(step, {score.name: score.value for score in scores})
+            self._mirror(step, {"probe_s": self.cost.seconds - before})
+            self.display.scores(step, scores)
         if last:
             self._sample(step, "tuned")
 
     def _sample(self, step: int, model: str) -> None:
         """Keep what the model writes behind the chosen prompts."""
         if self.samples is not None:
-            for line in self.samples.lines(step, model):
+            with counting(self.model, self.cost):
+                lines = self.samples.lines(step, model)
+            for line in lines:
                 append_line(self.folder.samples, line)
 
-    def _measure_now(self, step: int) -> None:
-        if self._measured_at == step or not self.probes:
-            return
-        begin = time.perf_counter()
-        self.readings = {probe.name: probe.read(step) for probe in self.probes}
-        self._measured_at = step
-        scores = [score for reading in self.readings.values() for score in reading.scores]
-        self._record(step, "tuned", scores)
-        self._mirror(step, {score.name: score.value for score in scores})
-        self._mirror(step, {"probe_s": time.perf_counter() - begin})
-        self.display.scores(step, scores)
+    def _read(self, probe: Probe, step: int) -> Reading:
+        """Read a probe after `step` steps, once."""
+        if self._readings.get(probe.name, (None,))[0] != step:
+            with counting(self.model, self.cost):
+                reading = probe.read(step)
+            self._refuse_divergence(step, reading.scores)
+            self._readings[probe.name] = step, reading
+        return self._readings[probe.name][1]
 
-    def _record(self, step: int, model: str, scores: Sequence[Score]) -> None:
+    def _refuse_divergence(self, step: int, scores: Sequence[Score]) -> None:
         for score in scores:
             if not math.isfinite(score.value):
                 raise Diverged(
@@ -129,19 +145,22 @@ class RunWatch:
                     where=f"step {step}",
                     fix="lower optimizer.learning_rate, or raise schedule.warmup",
                 )
+
+    def _record(self, step: int, model: str, scores: Sequence[Score]) -> None:
+        self._refuse_divergence(step, scores)
         for score in scores:
             append_line(self.folder.scores, score.as_line(step, model))
 
-    def final_readings(self) -> dict[str, Reading]:
-        """Give the last readings; a run that was stopped after its last step takes them again."""
-        return self.readings or {probe.name: probe.read() for probe in self.probes}
+    def final_readings(self, step: int) -> dict[str, Reading]:
+        """Give the readings after the last step; a run that was stopped behind it takes them again."""
+        return {probe.name: self._read(probe, step) for probe in self.probes}
 
     def validation_loss(self, step: int) -> float | None:
-        """Give the validation loss after `step` steps (nats per token), measuring it if need be."""
-        if not any(probe.name == "target" for probe in self.probes):
-            return None
-        self._measure_now(step)
-        return self.readings["target"].scores[0].value
+        """Give the validation loss after `step` steps (nats per token), with one probe if it is not known yet."""
+        for probe in self.probes:
+            if probe.name == "target":
+                return self._read(probe, step).scores[0].value
+        return None
 
     def on_step(self, report: StepReport) -> None:
         line = {
@@ -184,14 +203,15 @@ class RunWatch:
         if loss is not None and (self._best is None or loss < self._best[0]):
             self._best = (loss, step)
         full = state()
-        full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s}
+        full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s, "cost": asdict(self.cost)}
         write_checkpoint(self.folder.checkpoints, full)
         self._saved_at = step
         prune(self.folder.checkpoints, self.keep_last, self._best[1] if self._best else None)
-        self.folder.write_status(state="running", step=step, total_steps=self.total_steps, wall_s=round(self.wall_s, 3))
+        self.folder.write_status(state="running", step=step, total_steps=self.total_steps, **self.facts)
 
     def load(self, facts: dict[str, Any], step: int) -> None:
         """Go on from the facts of the checkpoint of a step."""
         self._saved_at = step
         self._best = tuple(facts["best"]) if facts["best"] else None
         self._begin = time.perf_counter() - facts["wall_s"]
+        self.cost = Cost(**facts.get("cost", {}))

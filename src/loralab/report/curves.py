@@ -47,7 +47,7 @@ TITLES = {
 }
 """What levels say, by the last part of their names, and their units."""
 ROLE_ORDER = ("target", "source", "general", "drift")
-NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "top1_flips")
+NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "top1_flips", "target_top1_flips")
 """Changes are seen in their levels, flips in the KL."""
 
 

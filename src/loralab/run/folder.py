@@ -58,7 +58,19 @@ STALE_S = 60.0
 """A silent owner on another machine counts as dead after this long; on this machine its process is looked up."""
 PACKAGES = (
     *("loralab", "torch", "transformers", "tokenizers", "safetensors", "datasets", "pydantic", "ruamel.yaml"),
-    *("lm_eval", "numpy", "scipy", "pandas", "pyarrow", "accelerate", "peft", "bitsandbytes", "tensorboard", "wandb", "trackio"),
+    *(
+        "lm_eval",
+        "numpy",
+        "scipy",
+        "pandas",
+        "pyarrow",
+        "accelerate",
+        "peft",
+        "bitsandbytes",
+        "tensorboard",
+        "wandb",
+        "trackio",
+    ),
 )
 
 

@@ -161,6 +161,8 @@ def _override(draft: Draft, place: Place, text: str) -> None:
         return
     try:
         value = YAML(typ="safe", pure=True).load(written)
+        if key == ("probes",) and isinstance(value, str | list):
+            key = ("probes", "source")  # what else the recipe says of probes stays
         _assign(draft.values, key, value)
     except YAMLError as error:
         fix = f"quote the text, for the shell too: '{name}=\"{written}\"'"
@@ -220,9 +222,18 @@ def _forget_places(draft: Draft, key: Key) -> None:
 
 
 def _spell_out_paths(draft: Draft) -> None:
-    """Write `data.train: FILE` out as `data.train: [{path: FILE}]`, so that overrides can reach into it."""
+    """Write `data.train: FILE` out as `data.train: [{path: FILE}]`, so that overrides can reach into it.
+
+    So too `probes: TASK` as `probes: {source: [{path: TASK}]}`.
+    """
     for section, names in PATH_LISTS.items():
         inside = draft.values.get(section)
+        if section == "probes" and isinstance(inside, str | list):
+            draft.places = {
+                (section, "source", *key[1:]) if key[:1] == (section,) and key[1:] else key: place
+                for key, place in draft.places.items()
+            }
+            inside = draft.values[section] = {"source": inside}
         if not isinstance(inside, dict):
             continue
         for name in names:

@@ -156,7 +156,8 @@ def _words(draft: Draft, key: Key, refusal: Mapping[str, Any]) -> Words:
     if kind == "union_tag_invalid":
         return _not_among(name, value["name"], list(_variants(key[0])))
     if kind == "literal_error":
-        return _not_among(name, value, re.findall(r"'([^']*)'", facts["expected"]))
+        allowed = re.findall(r"'[^']*'|True|False", facts["expected"])
+        return _not_among(name, value, [word[1:-1] if word[0] == "'" else word.lower() for word in allowed])
     if kind == "contradiction":
         return facts["what"], facts["fix"]
     if kind in BOUNDS:

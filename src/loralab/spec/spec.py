@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from loralab.spec.method import LoraSpec, MethodSpec
-from loralab.spec.strict import Count, Positive, Share, Strict, contradiction
+from loralab.spec.strict import Count, Patterns, Positive, Share, Strict, contradiction
 from loralab.spec.training import AdamWSpec, CosineSpec, OptimizerSpec, ScheduleSpec, TextSpec, TrainSpec
 
 FULL_LEARNING_RATE = 2e-5
@@ -118,26 +118,35 @@ class TaskSpec(Strict):
     """Items with right answers: their share says what was learned or forgotten."""
 
     path: str
-    """`pocket:NAME` (`calc`, `source`, a skill …), or a file of rows {prompt, completion[, choices, right, skill]}.
+    """`pocket:NAME` (`calc`, `source`, a skill …), a file of rows {prompt, completion[, choices, right, skill]}, a suite
+    (`forgetting`, `math`, `code`, `superglue`), or a task of lm-eval's catalogue (`hellaswag`).
 
     The prompt as the model is to read it: no form, template or chat template is put around it.
     """
     items: Count | None = None
-    """Most items of each skill; None takes 40 of the pocket world, all of a file."""
+    """Most items of each skill or task; None takes 40 of the pocket world, 200 of the catalogue, all of a file."""
+    data: dict[str, str] = {}
+    """Of suites and tasks of the catalogue, files instead of their own data sets: `task: FILE` or `task:split: FILE`."""
+    include: Patterns = []
+    """Folders with more tasks in lm-eval's format."""
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Of suites and tasks of the catalogue, examples before each item; None is their own number."""
 
 
 TasksAsWritten = str | TaskSpec | list[str | TaskSpec] | None
 
 
 class ProbeSpec(Strict):
-    """What is measured during training."""
+    """What is measured during training. A task, or a list of them, in its place stands for `source`."""
 
     every: Annotated[float, Field(gt=0)] = 0.1
     """Below 1: share of the run; from 1 on: steps. The base and the end are always measured."""
     tokens: Count = 16384
     """Most tokens of each text that a probe reads."""
-    drift: bool = True
-    """Watch KL(base‖tuned), paired loss rise and top-1 flips on the general text (or the validation rows)."""
+    drift: Literal[True, False, "exact"] = True
+    """Watch KL(base‖tuned), paired loss rise and top-1 flips on the general text (or the validation rows), and the KL on the
+    prompts of the validation rows. `exact` forwards the base again each time instead of keeping its likeliest tokens.
+    """
     top_k: Count = 64
     """Base log-probabilities kept per position; the KL is then a lower bound."""
     target: list[TaskSpec] = []
@@ -151,6 +160,14 @@ class ProbeSpec(Strict):
     @classmethod
     def _paths_become_tasks(cls, value: Any) -> Any:
         return _paths_become_sections([] if value is None else value)
+
+    @field_validator("drift", mode="before", json_schema_input_type=Literal[True, False, "exact"])
+    @classmethod
+    def _a_number_is_no_answer(cls, value: Any) -> Any:
+        return value if isinstance(value, bool | str) else str(value)  # Python takes 1 for true
+
+
+ProbesAsWritten = str | list[str | TaskSpec] | ProbeSpec
 
 
 class CheckpointSpec(Strict):
@@ -182,6 +199,11 @@ class RunSpec(Strict):
     """`RUN@STEP`: begin from this checkpoint, as a cooldown branch of a long run does (P1 section 3)."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Mirrors of the metrics; not part of the run's identity."""
+
+    @field_validator("probes", mode="before", json_schema_input_type=ProbesAsWritten)
+    @classmethod
+    def _tasks_become_the_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str | list) else value
 
     @model_validator(mode="before")
     @classmethod
