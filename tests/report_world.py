@@ -69,7 +69,11 @@ def probe_choices(path: Path) -> None:
     share, n = "share of items", 40
     for model, step in [("base", 0), *(("tuned", step) for step in range(0, STEPS + 1, STEPS // 6))]:
         lost = 0.1 * _progress(step) / _progress(STEPS) if model == "tuned" else 0.0
-        for name, level in (("source/choice", 0.6), ("source/hellaswag/choice", 0.5), ("source/winogrande/choice", 0.7)):
+        for name, level in (
+            ("source/choice", 0.6),
+            ("source/hellaswag/choice", 0.5),
+            ("source/winogrande/choice", 0.7),
+        ):
             append_line(run.scores, Score(name, level - lost, share, n, 0.07).as_line(step, model))
             if model == "tuned":
                 append_line(run.scores, Score(f"{name}_change", -lost, share, n, 0.03).as_line(step, model))

@@ -45,7 +45,12 @@ def test_every_command_of_the_readme_runs(world: Path, monkeypatch: pytest.Monke
 
 def forgetting_files(folder: Path) -> dict[str, Path]:
     """Write two rows for each task of the suite `forgetting`, in the columns of its data set on the hub."""
-    ending = {"activity_label": "Rain", "ctx_a": "It rains.", "ctx_b": "the cat", "endings": ["runs.", "is wet.", "a", "b"]}
+    ending = {
+        "activity_label": "Rain",
+        "ctx_a": "It rains.",
+        "ctx_b": "the cat",
+        "endings": ["runs.", "is wet.", "a", "b"],
+    }
     choice = {"question": "What is wet?", "choices": {"text": ["rain", "sand"], "label": ["A", "B"]}, "answerKey": "A"}
     blank = {"sentence": "The cat saw the dog as _ ran.", "option1": "cat", "option2": "dog", "answer": "2"}
     found = {}

@@ -12,12 +12,13 @@ from little_world import write_rows
 from loralab.base.model import load
 from loralab.evals.catalogue import Wanted, load_tasks
 from loralab.evals.code import CodeProblem
+from loralab.evals.exam import Card, Outcome
 from loralab.evals.exams import code_exam
 from loralab.evals.generate import Answer
 from loralab.evals.suites import OWN_TASKS, SUITES
 from loralab.evals.texts import TextEngine
 from loralab.lab.evaluate import evaluate
-from loralab.lab.judge import curves_of, diversity_of
+from loralab.lab.judge import Judged, curves_of, diversity_of
 from loralab.training.loss import LanguageHead
 
 
@@ -252,3 +253,28 @@ def test_pocket_programs_are_sampled_and_graded():
     assert greedy.curves == [] and greedy.find("base", "calc/accuracy").score.n == 4
     again = evaluate("pocket", ["pocket:calc"], samples=3, limit=4, device="cpu", seed=0)
     assert again.curves == [row for row in found.curves if row["task"] == "calc"]
+
+
+# Judging
+
+
+def test_judging_does_not_grow_faster_than_the_items():
+    class Counting:
+        def __init__(self, items: int) -> None:
+            self.count, self.card, self.asked = items, Card("t", chances=(0.25,) * items), 0
+
+        def items(self):
+            return (("prompt", "reference") for _ in range(self.count))
+
+        def aggregate(self, metric, values):
+            self.asked += 1
+            return sum(values) / len(values)
+
+    asked = []
+    for items in (10, 100):
+        outcomes = [[Outcome({"acc": float((i + k) % 3 == 0)}) for i in range(items)] for k in range(3)]
+        exam = Counting(items)
+        judged = Judged(exam, "acc", ["base", "a", "b"], outcomes)
+        assert len(list(judged.measured())) == 3 and len(list(judged.rows(outcomes))) == 2 * items
+        asked.append(exam.asked)
+    assert asked[0] == asked[1], "the values are put together as often, however many items there are"

@@ -244,7 +244,9 @@ def test_the_mean_over_skills_weighs_them_equally_and_adds_their_errors():
     assert alone[0].standard_error is None and alone[0].interval() is None
     sure = skill_scores("source/accuracy", "share of items", np.ones(8), ["a", "b"] * 4)
     assert sure[0].standard_error == 0
-    assert sure[0].interval() == pytest.approx((8 / (8 + 1.96**2), 1), abs=1e-4)  # Wilson's: eight items are not certain
+    assert sure[0].interval() == pytest.approx(
+        (8 / (8 + 1.96**2), 1), abs=1e-4
+    )  # Wilson's: eight items are not certain
 
 
 def test_the_error_of_the_mean_is_that_of_resampled_items():

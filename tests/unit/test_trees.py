@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny
 
 from loralab.base.attention import document_mask
 from loralab.base.packed import document_attention
 from loralab.base.tiles import tree_tiles
+from tiny import tiny
 
 LENGTHS = (70, 30, 5, 41, 12, 9, 100, 3)
 PARENTS = (-1, 0, 0, 0, 3, 3, -1, 6)

@@ -147,7 +147,9 @@ class Evaluation:
                 if more
                 else ""
             )
-            said.append(f"{forwards:,.0f} forwards over {tokens:,.0f} tokens{took}{alone}.")
+            said.append(
+                f"{forwards:,.0f} {'forward' if forwards == 1 else 'forwards'} over {tokens:,.0f} tokens{took}{alone}."
+            )
         if cuts := numbers.get("truncated"):
             said.append(f"{cuts:,.0f} contexts were longer than the model reads, and were cut at their beginning.")
         if beyond := self.facts.get("left_out"):
