@@ -33,8 +33,9 @@ from loralab.base.targets import in_out, linears
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.delta.several import Wardrobe
 from loralab.delta.store import load_lowrank, save_lowrank
-from loralab.evals.catalogue import CatalogueTask, Wanted, load_tasks, quiet
+from loralab.evals.catalogue import CatalogueTask, load_tasks
 from loralab.evals.harness import HarnessModel
+from loralab.evals.taskfiles import Wanted, quiet
 from loralab.evals.texts import TextEngine
 from loralab.lab.evaluate import evaluate
 from loralab.training.loss import LanguageHead

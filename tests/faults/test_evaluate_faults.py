@@ -211,3 +211,15 @@ def test_an_older_evaluation_stays_when_the_new_one_fails(world, capsys, tmp_pat
     said_of(world, capsys, world / "base", "--tasks", "pick,pikc", *words)
     said_of(world, capsys, world / "base", *PICK, "--delta", world / "other", *words)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_that_cannot_take_the_results_is_refused_before_anything_is_loaded(world, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    said = said_of(world, capsys, "no-such-base", "--tasks", "pocket:copy", "--out", str(tmp_path))
+    assert "holds something that is no evaluation" in said
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_sampling_what_is_not_sampled_is_refused(world, capsys):
+    said = said_of(world, capsys, "pocket", "--tasks", "hellaswag", "--samples", "5")
+    assert "none of these tasks is sampled" in said

@@ -12,7 +12,8 @@ from tiny_tokenizers import byte_tokenizer
 
 from little_world import write_rows
 from loralab.base.attention import NAME
-from loralab.evals.catalogue import CatalogueTask, Wanted, load_tasks, quiet
+from loralab.evals.catalogue import CatalogueTask, load_tasks
+from loralab.evals.taskfiles import Wanted, quiet
 from loralab.evals.texts import TextEngine
 from loralab.training.loss import LanguageHead
 from tiny import tiny

@@ -13,8 +13,9 @@ from tiny_tokenizers import CHATML_TEMPLATE, CHATML_TOKENS
 
 from little_world import write_rows
 from loralab.errors import EvaluationError
-from loralab.evals.catalogue import Wanted, _templates, load_tasks
+from loralab.evals.catalogue import _templates, load_tasks
 from loralab.evals.harness import HarnessModel
+from loralab.evals.taskfiles import Wanted
 from loralab.evals.texts import TextEngine
 from loralab.lab.judge import Judged
 

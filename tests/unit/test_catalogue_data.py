@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from little_world import write_rows
 from loralab.errors import DataError, EvaluationError
-from loralab.evals.catalogue import Wanted, load_tasks, quiet
+from loralab.evals.catalogue import load_tasks
+from loralab.evals.taskfiles import Wanted, quiet
 from loralab.evals.texts import TextEngine
 
 
@@ -63,7 +64,8 @@ def test_hellaswag_runs_on_a_local_file(engine, peer, tmp_path):
         theirs = task.judged(peer.loglikelihood(task.instances, disable_tqdm=True))
     assert [outcome.values for outcome in outcomes] == [outcome.values for outcome in theirs]
     assert set(outcomes[0].values) == {"acc", "acc_norm"}
-    assert all(outcome.output in {str(one.args[1]).strip() for one in task.instances} for outcome in outcomes)
+    endings = {str(one.args[1]).strip() for one in task.instances}
+    assert all({outcome.answer("acc"), outcome.answer("acc_norm")} <= endings for outcome in outcomes)
 
 
 def test_gsm8k_takes_its_examples_from_a_training_file(engine, tmp_path):
@@ -157,3 +159,23 @@ def test_nothing_is_said_between_our_lines(engine, folder, capfd):
         one(engine, name, folder, limit=2).outcomes(PLAIN)
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+def test_examples_never_come_from_the_evaluated_file(engine, tmp_path):
+    rows = [{"question": f"{i} and {i}?", "answer": f"{2 * i} #### {2 * i}"} for i in range(8)]
+    tested, taught = (write_rows(tmp_path / f"{name}.jsonl", rows[k::2]) for k, name in enumerate(("test", "train")))
+    with pytest.raises(DataError, match="come from the evaluated file") as caught:
+        one(engine, "gsm8k", data={"test": str(tested)}, fewshot=2)
+    assert "--data gsm8k:train=FILE" in str(caught.value)
+    task = one(engine, "gsm8k", data={"test": str(tested), "train": str(taught)}, fewshot=2)
+    for prompt, reference in task.items():
+        assert prompt.count("####") == 2 and reference not in prompt
+
+
+def test_what_was_taken_depends_on_the_metric(engine, tmp_path):
+    """Of the pocket base, one letter is likelier than a long text, and the long text likelier for its length."""
+    row = hellaswag_rows(1)[0] | {"endings": ["a", "the dog is here and the man", "b", "c"]}
+    task = one(engine, "hellaswag", data={"test": str(write_rows(tmp_path / "val.jsonl", [row]))})
+    found = task.judged([(-9.0, False), (-10.0, False), (-30.0, False), (-30.0, False)])[0]
+    assert (found.answer("acc"), found.answer("acc_norm")) == ("a", "the dog is here and the man")
+    assert found.answer("brier_score") is None

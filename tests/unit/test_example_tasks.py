@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from little_world import write_rows
 from loralab.base.model import load
-from loralab.evals.catalogue import quiet
+from loralab.evals.taskfiles import quiet
 from loralab.evals.texts import TextEngine
 from loralab.training.loss import LanguageHead
 

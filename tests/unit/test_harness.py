@@ -10,8 +10,8 @@ from exam_world import make_exam_world
 from loralab.base.model import load
 from loralab.delta.several import Wardrobe
 from loralab.errors import EvaluationError
-from loralab.evals.catalogue import quiet
 from loralab.evals.harness import HarnessModel
+from loralab.evals.taskfiles import quiet
 from loralab.lab.deltas import read_delta
 from loralab.lab.evaluate import evaluate
 

@@ -205,3 +205,14 @@ def test_the_same_name_is_never_two_deltas():
     assert not torch.equal(found[1], found[2]) and torch.equal(found[0], logits(base))
     with pytest.raises(KeyError):
         wardrobe.view("c")
+
+
+@pytest.mark.parametrize("name", ["v-lr0.5", "values", "type", "org/adapter"])
+def test_a_delta_may_be_called_as_any_folder_is(name):
+    model = tiny("llama")
+    path = "model.layers.0.self_attn.q_proj"
+    before = logits(model)
+    wardrobe = Wardrobe(model, {name: Delta({path: pair(32, 32)})})
+    with wardrobe.view(name)():
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)

@@ -10,12 +10,13 @@ import pytest
 from exam_world import WORDS, make_exam_world
 from little_world import write_rows
 from loralab.base.model import load
-from loralab.evals.catalogue import Wanted, load_tasks
+from loralab.evals.catalogue import load_tasks
 from loralab.evals.code import CodeProblem
 from loralab.evals.exam import Card, Outcome
 from loralab.evals.exams import code_exam
 from loralab.evals.generate import Answer
 from loralab.evals.suites import OWN_TASKS, SUITES
+from loralab.evals.taskfiles import Wanted
 from loralab.evals.texts import TextEngine
 from loralab.lab.evaluate import evaluate
 from loralab.lab.judge import Judged, curves_of, diversity_of

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loralab.base.attention import NAME
 from loralab.base.model import load
 from loralab.errors import EvaluationError
-from loralab.evals.catalogue import quiet
+from loralab.evals.taskfiles import quiet
 from loralab.evals.texts import TextEngine
 from loralab.pocket import BASE
 from loralab.training.loss import LanguageHead

@@ -38,19 +38,20 @@ class Wardrobe:
         self._whole = {name: _whole_of(model, name, delta) for name, delta in deltas.items()}
         if any(self._whole.values()):
             _part_ties_(model)
-        self._paired: set[str] = set()
-        for name, delta in deltas.items():
+        self._pairs: dict[str, list[str]] = {name: [] for name in deltas}
+        for number, (name, delta) in enumerate(deltas.items()):
             pairs = {path: change for path, change in delta.items() if isinstance(change, LowRank)}
             for path, layer in wrap_(model, pairs).items():
                 device = next(layer.base.parameters()).device
                 pair = Pair(pairs[path].A.to(device), pairs[path].B.to(device), pairs[path].scale)
-                layer.add_pair(name, pair.requires_grad_(False))
+                key = f"delta_{number}"  # a module's name takes no dot, a folder's does
+                layer.add_pair(key, pair.requires_grad_(False))
                 layer.active = ()
-                self._paired.add(name)
+                self._pairs[name] = [key]
 
     def view(self, name: str | None) -> View:
         """Give the view in which the delta `name` acts, or the base for None."""
-        pairs = [name] if name in self._paired and name is not None else []
+        pairs = self._pairs[name] if name is not None else []
         whole = self._whole[name] if name is not None else {}
 
         @contextmanager
@@ -66,7 +67,7 @@ class Wardrobe:
 
     @contextmanager
     def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
-        parameters = own_parameters(self.model)
+        parameters = own_parameters(self.model) if values else {}
         before = {name: parameters[name].data for name in values}
         for name, value in values.items():
             parameters[name].data = value

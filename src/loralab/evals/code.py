@@ -38,13 +38,13 @@ class CodeProblem:
     canonical_solution: str = ""
 
 
-def read_problems(path: str) -> list[CodeProblem]:
+def read_problems(path: str, split: str | None = None) -> list[CodeProblem]:
     """Read problems from a file, a folder or the hub, with columns named as the fields of `CodeProblem`.
 
     Raises:
         DataError: the source cannot be read, a column is missing, or a row holds something else than text.
     """
-    rows = read_rows(Source(path))
+    rows = read_rows(Source(path, split=split))
     names = [field.name for field in fields(CodeProblem)]
     missing = [name for name in names[:-1] if name not in rows.columns]
     if missing:

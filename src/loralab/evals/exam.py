@@ -14,15 +14,21 @@ class Outcome:
 
     Attributes:
         values: of each metric: a number, or whatever the exam's own aggregation takes.
-        output: what the model answered, as text; None where it answered nothing in words.
+        output: what the model wrote; None where it wrote nothing.
+        chosen: of multiple choice, what it took by each metric, as far as the metric tells.
         samples: how often each different answer was written, where several were sampled.
         correct: samples that were right, where several were sampled.
     """
 
     values: dict[str, Any]
     output: str | None = None
+    chosen: dict[str, str] | None = None
     samples: Tally | None = None
     correct: int | None = None
+
+    def answer(self, metric: str) -> str | None:
+        """Give what the model answered, as the metric takes it."""
+        return self.output if self.chosen is None else self.chosen.get(metric)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _outcome(answers: list[str], right: list[bool]) -> Outcome:
     share = sum(right) / len(right)
     if len(answers) == 1:
         return Outcome({"pass@1": share}, answers[0])
-    return Outcome({"pass@1": share}, answers[0], tally(answers, right), sum(right))
+    return Outcome({"pass@1": share}, answers[0], samples=tally(answers, right), correct=sum(right))
 
 
 def code_exam(

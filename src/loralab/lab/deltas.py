@@ -10,6 +10,8 @@ from loralab.delta.layers import own_parameters
 from loralab.delta.lowrank import Delta
 from loralab.delta.store import check_base, is_adapter, load_lowrank
 from loralab.errors import DeltaError
+from loralab.lab.index import is_run
+from loralab.run.files import read_json
 
 
 def read_delta(path: str, base: Base) -> Delta:
@@ -35,7 +37,22 @@ def read_delta(path: str, base: Base) -> Delta:
         fix = "name a PEFT folder, a run folder, or a folder with config.json"
         raise DeltaError("this folder holds no delta", where=path, fix=fix)
     check_base(delta, base.model, base.fingerprint)
+    trained_on = _base_of_run(Path(path))
+    if trained_on and trained_on != base.fingerprint:
+        raise DeltaError(
+            "this run was trained on other base weights",
+            where=f"{path}: trained on {trained_on[:12]}, this base is {base.fingerprint[:12]}",
+            fix="use the base that the run names in its spec.yaml",
+        )
     return delta
+
+
+def _base_of_run(run: Path) -> str | None:
+    """Give the fingerprint of the base that a run began with; None where this is no run."""
+    if not is_run(run) or not (run / "environment.json").is_file():
+        return None
+    inputs = read_json(run / "environment.json").get("inputs")
+    return inputs.get("base") if isinstance(inputs, dict) else None
 
 
 def _difference(path: str, base: Base) -> Delta:

@@ -9,16 +9,17 @@ from typing import Any
 from loralab.base.model import Base, load
 from loralab.delta.several import Wardrobe
 from loralab.errors import DataError, EvaluationError, ModelError
-from loralab.evals.catalogue import Wanted, load_tasks
+from loralab.evals.catalogue import load_tasks
 from loralab.evals.code import read_problems
 from loralab.evals.exam import Exam
 from loralab.evals.exams import ItemExam, code_exam, written_exam
 from loralab.evals.probe import Cost, counting
 from loralab.evals.suites import PROGRAMS, SUITES, Suite
+from loralab.evals.taskfiles import Wanted
 from loralab.evals.tasks import Task
 from loralab.evals.texts import TextEngine
 from loralab.lab.deltas import names_of, read_delta
-from loralab.lab.evaluation import BASE, Evaluation
+from loralab.lab.evaluation import BASE, Evaluation, refuse_folder
 from loralab.lab.index import is_run, read_spec
 from loralab.lab.judge import Judged, curves_of, diversity_of, is_finite, suite_mean
 from loralab.lab.measured import Measured
@@ -63,10 +64,13 @@ def evaluate(
     questions = Questions(list(tasks), **asked)
     refuse_before_loading(questions)
     paths = list(deltas)
+    wanted: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if is_run(Path(model)):
         paths.insert(0, model)
-        model = str(read_spec(Path(model) / "spec.yaml")[1]["model"]["path"])
-    base = load(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model, wanted = _base_of(Path(model), wanted)
+    if out is not None:
+        refuse_folder(out)
+    base = load(model, device=device, **wanted)
     if type(base.model).__name__.endswith("MaskedLM"):
         fix = "its pseudo-log-likelihood is a probe; take a causal language model here"
         raise ModelError("a model that reads both ways cannot answer these tasks", where=model, fix=fix)
@@ -84,6 +88,14 @@ def evaluate(
     if out is not None:
         evaluation.write(out)
     return evaluation
+
+
+def _base_of(run: Path, asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Give the base of a run, loaded as the run loaded it where nothing else is asked."""
+    spec = read_spec(run / "spec.yaml")[1]["model"]
+    silent = {"revision": None, "dtype": "auto", "trust_remote_code": False}
+    kept = {key: spec.get(key, value) if asked[key] == value else asked[key] for key, value in silent.items()}
+    return str(spec["path"]), kept | {"quantize": spec.get("quantize")}
 
 
 def exams_of(questions: Questions, engine: TextEngine) -> dict[str, list[Exam]]:
@@ -111,8 +123,9 @@ def exams_of(questions: Questions, engine: TextEngine) -> dict[str, list[Exam]]:
 
 def _exams(name: str, suite: Suite | None, questions: Questions, engine: TextEngine) -> list[Exam]:
     if name in PROGRAMS:
-        path = questions.data_of(name).get("test", PROGRAMS[name])
-        problems = read_problems(path)[: questions.limit]
+        path = questions.data_of(name).get("test")
+        problems = read_problems(path) if path else read_problems(PROGRAMS[name], "test")
+        problems = problems[: questions.limit]
         if not problems:
             return []
         sampled: dict[str, Any] = {"samples": questions.samples, "sampling": questions.sampling}
@@ -131,7 +144,7 @@ def _item_exams(name: str, questions: Questions, engine: TextEngine) -> list[Exa
     for task in read_tasks([TaskSpec(path=name, items=questions.limit)]):
         for skill in dict.fromkeys(item.skill for item in task.items):
             mine = Task([item for item in task.items if item.skill == skill], task.grade, task.ends)
-            if task.grade is not None and questions.samples > 1:
+            if task.grade is not None and (questions.samples > 1 or not questions.sampling.greedy):
                 sampled: dict[str, Any] = {"samples": questions.samples, "sampling": questions.sampling}
                 exams.append(written_exam(skill, mine.items, task.grade, engine, **sampled))
                 continue

@@ -166,12 +166,8 @@ class Evaluation:
             Interrupted: the disk is full.
         """
         path = Path(folder)
+        refuse_folder(path)
         with explain_failed_writes(path):
-            names = {file.name for file in path.iterdir() if not file.name.startswith(".")} if path.is_dir() else set()
-            if (names - FILES and not is_evaluation(path)) or is_run(path):
-                fix = "name a new folder, or one that holds an evaluation"
-                raise FolderError("the folder holds something that is no evaluation", where=str(path), fix=fix)
-            path.mkdir(parents=True, exist_ok=True)
             (path / FACTS).unlink(missing_ok=True)
         lines = {"scores": [one.as_line() for one in self.measured]}
         lines |= {"curves": [dict(row) for row in self.curves], "diversity": [dict(row) for row in self.diversity]}
@@ -194,6 +190,17 @@ def _between(interval: tuple[float, float] | None, *, signed: bool = False) -> s
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(plain(row), ensure_ascii=False) + "\n"
+
+
+def refuse_folder(folder: str | Path) -> None:
+    """Make the folder of an evaluation, and raise FolderError if it holds something else or cannot be written."""
+    path = Path(folder)
+    with explain_failed_writes(path):
+        names = {file.name for file in path.iterdir() if not file.name.startswith(".")} if path.is_dir() else set()
+        if (names - FILES and not is_evaluation(path)) or is_run(path):
+            fix = "name a new folder, or one that holds an evaluation"
+            raise FolderError("the folder holds something that is no evaluation", where=str(path), fix=fix)
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def is_evaluation(path: str | Path) -> bool:

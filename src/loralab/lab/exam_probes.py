@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loralab.errors import DataError, EvaluationError
-from loralab.evals.catalogue import LOADERS
 from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.sandbox import protection
 from loralab.evals.suites import PROGRAMS, SUITES
+from loralab.evals.taskfiles import LOADERS
 from loralab.evals.texts import TextEngine
 from loralab.lab.evaluate import exams_of
 from loralab.lab.questions import Questions, refuse_before_loading

@@ -36,6 +36,7 @@ class Judged:
         self.name = f"{exam.card.name}/{metric}"
         self._values = [[outcome.values[metric] for outcome in mine] for mine in outcomes]
         self.changes: dict[str, Change | None] = {}
+        self._draws: dict[int, ndarray] = {}
         self.scores = {model: self._score(values) for model, values in zip(models, self._values, strict=True)}
         for model, values in zip(models[1:], self._values[1:], strict=True):
             self.changes[model] = self._change(self._values[0], values)
@@ -79,10 +80,13 @@ class Judged:
         return Change(len(base), before, after, value, float(np.std(moved, ddof=1)), ends, ends, None)
 
     def _resampled(self, values: list[Any]) -> ndarray:
-        """Put the values of items drawn with replacement together, again and again."""
-        rng = np.random.default_rng(0)
-        draws = rng.integers(0, len(values), (RESAMPLES, len(values)))
-        return np.array([self.exam.aggregate(self.metric, [values[i] for i in draw]) for draw in draws])
+        """Put the values of items drawn with replacement together, again and again: once for each model."""
+        if id(values) not in self._draws:
+            rng = np.random.default_rng(0)
+            draws = rng.integers(0, len(values), (RESAMPLES, len(values)))
+            found = [_whole(self.exam, self.metric, [values[i] for i in draw]) for draw in draws]
+            self._draws[id(values)] = np.array(found)
+        return self._draws[id(values)]
 
     def measured(self) -> Iterator[Measured]:
         """Give the score of each model with its change."""
@@ -113,7 +117,8 @@ class Judged:
             ):
                 row: dict[str, Any] = {"probe": self.name, "item": number, "skill": self.exam.card.name}
                 row |= {"prompt": prompt, "model": model, "reference": reference}
-                row |= {"base_output": before.output, "tuned_output": after.output if model != BASE else None}
+                row |= {"base_output": before.answer(self.metric)}
+                row |= {"tuned_output": after.answer(self.metric) if model != BASE else None}
                 yield row | self._measurements(before, after if model != BASE else None)
 
     def _measurements(self, before: Outcome, after: Outcome | None) -> dict[str, Any]:
@@ -124,6 +129,14 @@ class Judged:
         if not self.is_mean:
             return {}
         return {"base_right": float(base), "tuned_right": None if tuned is None else float(tuned)}
+
+
+def _whole(exam: Exam, metric: str, values: list[Any]) -> float:
+    """Put drawn items together; NaN where the metric cannot be had of them, as F1 of a single class."""
+    try:
+        return exam.aggregate(metric, values)
+    except Exception:  # of any type: an aggregation of lm-eval's
+        return float("nan")
 
 
 def is_finite(exam: Exam, metric: str, outcomes: Sequence[Sequence[Outcome]]) -> bool:
