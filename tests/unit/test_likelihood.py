@@ -9,6 +9,7 @@ import torch
 from loralab.base.attention import NAME
 from loralab.errors import EvaluationError
 from loralab.evals.likelihood import Engine, Likelihood, Request
+from loralab.evals.probe import Cost, counting
 from loralab.training.loss import LanguageHead
 from tiny import tiny
 
@@ -266,3 +267,23 @@ def test_logits_that_are_not_numbers_are_refused_with_the_model_that_gives_them(
     with pytest.raises(EvaluationError, match="not numbers") as caught:
         engine.score(requests_of(), [nullcontext, diverged])
     assert caught.value.where == "model 2 of 2"
+
+
+def test_several_threads_give_what_one_gives_and_count_the_same():
+    requests = requests_of()
+    before = torch.get_num_threads()
+    found, costs = [], []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            engine, cost = engine_of(row_tokens=24), Cost()
+            with counting(engine.head.model, cost):
+                found.append(engine.score(requests, PLAIN)[0])
+            costs.append((cost.forwards, cost.tokens))
+            assert (cost.forwards, cost.tokens) == (engine.tally.forwards, engine.tally.tokens)
+            assert torch.get_num_threads() == threads and not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(before)
+    check_equal(found[1], found[0])
+    assert costs[0] == costs[1] and costs[0][0] > 3

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -75,9 +76,11 @@ def counting(model: nn.Module, cost: Cost) -> Iterator[None]:
 
     def count(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         tokens = named.get("input_ids", given[0] if given else None)
-        cost.forwards += 1
-        cost.tokens += 0 if tokens is None else tokens.numel()
+        with one_at_a_time:
+            cost.forwards += 1
+            cost.tokens += 0 if tokens is None else tokens.numel()
 
+    one_at_a_time = Lock()  # rows may be read by several threads
     begin = time.perf_counter()
     hook = backbone(model).register_forward_pre_hook(count, with_kwargs=True)
     try:
