@@ -25,7 +25,7 @@ class Suite:
 
 
 SUITES = {
-    # P1 names the tasks and "accuracy"; its base's mean of 0.65 is that of length-normalised accuracy where there is one.
+    # P1 names the tasks and says "accuracy", not which; here it is normalised for length where the task offers that.
     "forgetting": Suite(
         "HellaSwag, ARC-Challenge, WinoGrande: what a base knows (LoRA Learns Less and Forgets Less)",
         {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "winogrande": "acc"},

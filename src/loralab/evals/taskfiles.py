@@ -17,12 +17,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from loralab.base.sources import Source, read_rows
+from loralab.base.sources import BUILDERS, Source, read_rows
 from loralab.errors import DataError, EvaluationError, did_you_mean
 
 EVALUATED = ("test_split", "validation_split")
 SPLITS = (*EVALUATED, "training_split", "fewshot_split")
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+LOADERS = {ending: builder for ending, builder in BUILDERS.items() if builder != "text"}
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,21 @@ def refuse_unknown(name: str, include: Sequence[str] = ()) -> None:
     """Raise EvaluationError, with the nearest name, if the catalogue has no task, group or tag of this name."""
     for folder in include:
         if not Path(folder).is_dir():
-            raise EvaluationError("there is no such folder of tasks", where=folder, fix="correct --include")
-    if not _knows(_manager_for(name, tuple(include)), name):
+            raise EvaluationError("there is no such folder of tasks", where=folder, fix="correct its name")
+    if name not in _manager_for(name, tuple(include)).task_index:
         names = [*_manager(tuple(include)).all_tasks, *_manager(tuple(include)).task_index]
         near = did_you_mean(name, names)
         fix = f"did you mean {near!r}?" if near else "`lm-eval ls tasks` lists the catalogue"
         raise EvaluationError(f"there is no task {name!r}", where="--tasks", fix=fix)
+
+
+def refuse_file(task: str, file: str) -> None:
+    """Raise DataError if a task's file is missing, or of a type that holds no columns."""
+    if not Path(file).is_file():
+        raise DataError("there is no such file", where=file, fix=f"name the data of {task} anew")
+    if Path(file).suffix not in LOADERS:
+        fix = f"write it as {', '.join(LOADERS)}"
+        raise DataError(f"data of the type {Path(file).suffix!r} cannot be read", where=file, fix=fix)
 
 
 def read_tasks(wanted: Wanted) -> list[Any]:
@@ -92,11 +101,7 @@ def _refuse_missing_columns(task: Any, file: str) -> None:
 def _own_data(wanted: Wanted, manager: TaskManager) -> dict[str, Any]:
     """Give the settings of a task whose data are files."""
     for file in wanted.data.values():
-        if not Path(file).is_file():
-            raise DataError("there is no such file", where=file, fix=f"name the data of {wanted.name} anew")
-        if Path(file).suffix not in LOADERS:
-            fix = f"write it as {', '.join(LOADERS)}"
-            raise DataError(f"data of the type {Path(file).suffix!r} cannot be read", where=file, fix=fix)
+        refuse_file(wanted.name, file)
     kinds = {LOADERS[Path(file).suffix] for file in wanted.data.values()}
     if len(kinds) > 1:
         raise DataError("files of one task are of one type", where=", ".join(wanted.data.values()))
@@ -118,10 +123,6 @@ def _own_data(wanted: Wanted, manager: TaskManager) -> dict[str, Any]:
     return found | absent
 
 
-def _knows(manager: TaskManager, name: str) -> bool:
-    return name in manager.task_index
-
-
 @lru_cache(maxsize=4)
 def _manager(include: tuple[str, ...]) -> TaskManager:
     """Index the whole catalogue: seconds."""
@@ -141,7 +142,7 @@ def _manager_for(name: str, include: tuple[str, ...]) -> TaskManager:
                 near = TaskManager(
                     include_path=[*include, *([str(folder)] if folder.is_dir() else [])], include_defaults=False
                 )
-            if _knows(near, name):
+            if name in near.task_index:
                 # A tag or group may have members elsewhere.
                 alone = near.task_index[name].kind in (Kind.TASK, Kind.PY_TASK)
                 return near if alone else _manager(include)

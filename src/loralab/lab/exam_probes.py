@@ -3,13 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from loralab.errors import DataError, EvaluationError
 from loralab.evals.exam_probe import ExamProbe
-from loralab.evals.sandbox import protection
-from loralab.evals.suites import PROGRAMS, SUITES
-from loralab.evals.taskfiles import LOADERS
+from loralab.evals.suites import SUITES
 from loralab.evals.texts import TextEngine
 from loralab.lab.evaluate import exams_of
 from loralab.lab.questions import Questions, refuse_before_loading
@@ -27,21 +24,7 @@ def look_for_exams(role: str, task: TaskSpec) -> None:
         DataError: a file or folder of it is missing, or of a type that cannot be read.
     """
     with _in_the_words_of_a_recipe(role):
-        for folder in task.include:
-            if not Path(folder).is_dir():
-                raise DataError("there is no such folder of tasks", where=folder)
-        questions = _questions(task)
-        refuse_before_loading(questions)
-        for name, file in task.data.items():
-            if not Path(file).is_file():
-                raise DataError("there is no such file", where=file, fix=f"name the data of {name} anew")
-            if Path(file).suffix not in LOADERS:
-                fix = f"write it as {', '.join(LOADERS)}"
-                raise DataError(f"data of the type {Path(file).suffix!r} cannot be read", where=file, fix=fix)
-        parts = SUITES[task.path].parts if task.path in SUITES else [task.path]
-        if any(name in PROGRAMS for name in parts) and (missing := protection().missing):
-            fix = "leave it out, and evaluate the finished delta with --unsafe if you must"
-            raise EvaluationError(f"programs cannot be run safely here: {missing}", where=task.path, fix=fix)
+        refuse_before_loading(_questions(task))
 
 
 def exam_probes(role: str, tasks: Sequence[TaskSpec], engine: TextEngine) -> list[ExamProbe]:

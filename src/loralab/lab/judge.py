@@ -17,7 +17,7 @@ from loralab.lab.measured import Measured
 
 SHARE = "share of items"
 RESAMPLES = 200
-PER_UNIT = {"word_perplexity": "word", "byte_perplexity": "byte", "bits_per_byte": "byte"}
+PER_UNIT = {"word_perplexity", "byte_perplexity", "bits_per_byte"}
 """Metrics of whole texts: their values are (log p, number of words or bytes)."""
 
 

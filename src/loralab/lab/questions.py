@@ -7,7 +7,7 @@ from loralab.errors import EvaluationError
 from loralab.evals.generate import Sampling
 from loralab.evals.sandbox import protection
 from loralab.evals.suites import PROGRAMS, SUITES
-from loralab.evals.taskfiles import refuse_unknown
+from loralab.evals.taskfiles import refuse_file, refuse_unknown
 from loralab.lab.tasks import is_file_of_items
 from loralab.pocket import world
 
@@ -83,15 +83,16 @@ def refuse_before_loading(questions: Questions) -> None:
         raise EvaluationError(f"{questions.samples} samples", where="--samples", fix="ask for 1 or more")
     sampling = questions.sampling
     known = {part for name in questions.tasks for part in (SUITES[name].parts if name in SUITES else [name])}
-    for key in questions.data:
+    for key, file in questions.data.items():
         if key.partition(":")[0] not in known:
             fix = f"tasks asked for: {', '.join(sorted(known))}"
             raise EvaluationError(f"data is given for {key.partition(':')[0]!r}, which is not asked", fix=fix)
+        refuse_file(key.partition(":")[0], file)
     if not sampling.greedy and not any(name in PROGRAMS or world.is_address(name) for name in known):
         fix = "leave --samples and --temperature out, or ask for `code` or pocket:stack"
         raise EvaluationError("none of these tasks is sampled", where=", ".join(sorted(known)), fix=fix)
     if known & PROGRAMS.keys() and not questions.unsafe and (missing := protection().missing):
-        fix = "leave the programs out, or say --unsafe to run them with your own rights"
+        fix = "leave the programs out, or say --unsafe"
         raise EvaluationError(f"programs cannot be run safely here: {missing}", where="--tasks", fix=fix)
     for name in known & PROGRAMS.keys():
         if strange := sorted(questions.data_of(name).keys() - {"test"}):

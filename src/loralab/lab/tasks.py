@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loralab.base.sources import Row, Source, local_files, read_rows
+from loralab.base.sources import BUILDERS, Row, Source, local_files, read_rows
 from loralab.base.text import refuse_half_characters
 from loralab.errors import DataError
 from loralab.evals.tasks import Task
@@ -17,7 +17,7 @@ from loralab.spec.spec import TaskSpec
 
 CLOZE = {"cipher"}
 """Skills of the pocket world that ask for the next word of a text that goes on."""
-ROW_FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
+ROW_FILES = BUILDERS.keys() - {".txt"}
 
 
 def is_file_of_items(path: str) -> bool:
