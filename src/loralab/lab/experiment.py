@@ -10,7 +10,7 @@ from loralab.errors import Diverged, Interrupted, LoralabError
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.result import Result, result_of, save_delta, write_items
 from loralab.lab.resume import resume, same_inputs_or_refuse
-from loralab.lab.spectra import write_spectra
+from loralab.lab.run_spectra import write_spectra
 from loralab.lab.stop import Stop, interrupts_explained, stop_on_signals
 from loralab.lab.watch import Display, RunWatch, Silent
 from loralab.run.folder import RunFolder
