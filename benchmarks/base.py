@@ -6,7 +6,7 @@ python benchmarks/base.py [--items 500]
 import argparse
 
 from loralab.base.model import load
-from loralab.console import console, table
+from loralab.console.screen import console, table
 from loralab.evals.tasks import probes_of
 from loralab.lab.tasks import read_tasks
 from loralab.spec.spec import TaskSpec

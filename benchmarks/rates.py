@@ -11,7 +11,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loralab.console import console, table
+from loralab.console.screen import console, table
 from loralab.demo import ARMS, STEPS, TASKS, spec
 from loralab.errors import Diverged
 from loralab.lab.engines import train_all

@@ -6,7 +6,8 @@ Everything is real training through the same calls that a person would use, on t
 from collections.abc import Sequence
 from pathlib import Path
 
-from loralab.console import Board, console, table
+from loralab.console.progress import Board
+from loralab.console.screen import console, table
 from loralab.lab.engines import train_all
 from loralab.report.compare import compare
 from loralab.report.page import write

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loralab.console import Board
+from loralab.console.progress import Board
 from loralab.run.folder import RunFolder, append_line
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from evaluation_world import DELTAS, TASKS, make_evaluation, write_evaluation
-from loralab.console import evaluation_lines, evaluation_tables
+from loralab.console.found import evaluation_lines, evaluation_tables
 from loralab.errors import FolderError
 from loralab.evals.stats import Score
 from loralab.lab.evaluation import ITEMS, Evaluation, Measured, changes_of, is_evaluation, read_evaluation
@@ -171,7 +171,7 @@ def test_other_folders_are_left_alone(tmp_path, made):
 
 def test_reading_and_reporting_need_no_torch(folder):
     program = (
-        "import sys; from loralab.lab.evaluation import read_evaluation; from loralab.console import evaluation_tables\n"
+        "import sys; from loralab.lab.evaluation import read_evaluation; from loralab.console.found import evaluation_tables\n"
         "from loralab.report.page import write; evaluation_tables(read_evaluation(sys.argv[1])); write(sys.argv[1])\n"
         "print('torch' in sys.modules)"
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from little_world import rows, write_rows
-from loralab.console import cost_line
+from loralab.console.progress import cost_line
 from loralab.errors import Interrupted
 from loralab.lab.experiment import train
 from loralab.lab.prepare import prepare

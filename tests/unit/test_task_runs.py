@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from little_world import make_world, overrides, rows, same_bits, write_rows
-from loralab.console import _scores_text
+from loralab.console.progress import scores_text
 from loralab.errors import DataError, FolderError, Interrupted, SpecError
 from loralab.lab import experiment
 from loralab.lab.check import check
@@ -228,7 +228,7 @@ def test_the_end_table_gives_each_share_its_paired_change(whole):
 
 
 def test_the_display_leaves_single_skills_to_the_files(whole):
-    said = _scores_text({name: score.value for name, score in whole.after.items()})
+    said = scores_text({name: score.value for name, score in whole.after.items()})
     assert "target/accuracy " in said and "general/loss " in said and "drift/kl " in said
     assert "reverse" not in said and "target/last" not in said
 

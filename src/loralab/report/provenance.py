@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from loralab.console import size
+from loralab.console.screen import size
 from loralab.report.compare import method_label
 from loralab.report.read import Run
 from loralab.report.wording import whole

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from loralab.console import size
+from loralab.console.screen import size
 from loralab.evals.stats import Score
 from loralab.report.compare import NATS, Comparison, Side, View, change, half_width, level
 from loralab.report.read import Run
