@@ -14,7 +14,19 @@ from loralab.delta.layers import shape_of, unwrapped
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank, rank_sum
 from loralab.errors import DeltaError
 from loralab.spectral import spectrum as room
-from loralab.spectral.spectrum import COLUMNS, LIMIT, effective_rank, rank_share, spectrum, stable_rank, table
+from loralab.spectral.spectrum import (
+    COLUMNS,
+    LEADING,
+    LIMIT,
+    effective_rank,
+    frobenius,
+    rank_interval,
+    rank_share,
+    row,
+    spectrum,
+    stable_rank,
+    table,
+)
 from tiny import tiny
 
 
@@ -157,18 +169,20 @@ def test_a_table_has_a_row_for_every_matrix() -> None:
     assert found["module"].tolist() == ["q_proj", "up_proj", "lm_head", "w1"]
     assert found["depth"].tolist() == [0, 11, -1, 3]
     assert found["rank"].tolist() == [2, 5, 4, 3]
-    for row in found.to_dict("records"):
-        change = delta[row["layer"]]
+    for told in found.to_dict("records"):
+        change = delta[told["layer"]]
         matrix = formed(change) if isinstance(change, LowRank) else change.dense().double().numpy()
         expected = dense_values(matrix)
-        assert (row["out_features"], row["in_features"]) == matrix.shape
-        np.testing.assert_allclose(row["singular_values"], expected[: row["rank"]], rtol=1e-10, atol=1e-12)
-        assert row["frobenius"] == pytest.approx(np.linalg.norm(matrix), rel=1e-10)
-        assert row["spectral"] == pytest.approx(expected[0], rel=1e-10)
-        assert row["base_frobenius"] == pytest.approx(np.linalg.norm(weights[row["layer"]].double().numpy()), rel=1e-6)
-        assert row["relative_norm"] == pytest.approx(row["frobenius"] / row["base_frobenius"], rel=1e-12)
+        assert (told["out_features"], told["in_features"]) == matrix.shape
+        np.testing.assert_allclose(told["singular_values"], expected[: told["rank"]], rtol=1e-10, atol=1e-12)
+        assert told["frobenius"] == pytest.approx(np.linalg.norm(matrix), rel=1e-10)
+        assert told["spectral"] == pytest.approx(expected[0], rel=1e-10)
+        assert told["base_frobenius"] == pytest.approx(
+            np.linalg.norm(weights[told["layer"]].double().numpy()), rel=1e-6
+        )
+        assert told["relative_norm"] == pytest.approx(told["frobenius"] / told["base_frobenius"], rel=1e-12)
         for column, rank in (("rank90", rank_share), ("effective_rank", effective_rank), ("stable_rank", stable_rank)):
-            assert row[column] == pytest.approx(rank(expected), rel=1e-10)
+            assert told[column] == pytest.approx(rank(expected), rel=1e-10)
     pd.testing.assert_frame_equal(found, table(delta, weights.__getitem__)[0])
 
 
@@ -195,10 +209,10 @@ def test_numbers_that_are_not_finite_mark_their_row_only(bad: float, dense: bool
 
 
 def test_a_dense_matrix_over_the_limit_is_left_out_unless_asked_for() -> None:
-    row, at_limit = torch.zeros(1, LIMIT + 1), torch.zeros(1, LIMIT)
-    row[0, 3] = 2
-    weights = {"a": row, "b": at_limit, "c": row}
-    delta = Delta({"a": Dense(row), "b": Dense(at_limit), "c": LowRank(row, torch.ones(1, 1), 1.0)})
+    above, at_limit = torch.zeros(1, LIMIT + 1), torch.zeros(1, LIMIT)
+    above[0, 3] = 2
+    weights = {"a": above, "b": at_limit, "c": above}
+    delta = Delta({"a": Dense(above), "b": Dense(at_limit), "c": LowRank(above, torch.ones(1, 1), 1.0)})
     found, left_out = table(delta, weights)
     assert found["layer"].tolist() == ["b", "c"] and left_out == ["a"]
     found, left_out = table(delta, weights, exact=True)
@@ -230,3 +244,72 @@ def test_a_model_gives_its_weights_by_name(family: str) -> None:
     assert found["base_frobenius"].tolist() == pytest.approx(
         [float(m.weight.detach().norm()) for m in modules.values()], rel=1e-5
     )
+
+
+def falling(out: int, into: int, power: float) -> Tensor:
+    """Make a matrix whose i-th singular value is i^-power."""
+    left, right = (torch.linalg.qr(torch.randn(side, min(out, into), dtype=torch.float64)).Q for side in (out, into))
+    return ((left * torch.arange(1, min(out, into) + 1) ** -power) @ right.t()).float()
+
+
+@pytest.mark.parametrize("length", [1, 7, 60])
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_the_interval_of_a_rank_holds_it_whatever_lies_behind(length: int, share: float) -> None:
+    rng = np.random.default_rng(length)
+    spectra = [np.sort(rng.gamma(shape, size=length))[::-1] for shape in (0.05, 1.0, 50.0)] + [np.ones(length)]
+    for s in spectra:
+        true, energy = rank_share(s, share), float((s**2).sum())
+        for known in range(length + 1):
+            off = np.maximum(s[:known] + rng.uniform(-1e-3, 1e-3, known), 0)
+            for values, error in ((s[:known], 0.0), (np.sort(off)[::-1], 2e-3)):
+                low, high = rank_interval(values, energy, length, share, error)
+                assert low <= true <= high <= length
+        assert rank_interval(s, energy, length, share) == (true, true)
+    assert rank_interval(np.array([3.0, 1.0]), 10.0, 50, 0.9) == (1, 1)
+    # 9 of 10 are needed: one value of 4 is known, so the others are at most 4 each and hold 6 among 5.
+    assert rank_interval(np.array([2.0]), 10.0, 6, 0.9) == (1 + 2, 1 + 5)
+    assert rank_interval(np.zeros(2), 0.0, 6) == (0, 0)
+
+
+def test_a_row_is_that_of_the_table() -> None:
+    delta, weights = made()
+    expected, _ = table(delta, weights)
+    for found in expected.to_dict("records"):
+        name = found["layer"]
+        assert row(name, delta[name], frobenius(weights[name])) == (found, "")
+
+
+@pytest.mark.parametrize("power", [1.5, 0.5])
+def test_a_large_dense_matrix_shows_its_leading_values(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = falling(300, 220, power)
+    whole, said = row("a", Dense(matrix), 2.0, exact=True)
+    assert said == ""
+    monkeypatch.setattr(room, "LIMIT", matrix.numel() - 1)
+    assert row("a", Dense(matrix), 2.0, exact=True) == (whole, "")
+    found, note = row("a", Dense(matrix), 2.0)
+    leading = found.pop("singular_values")
+    np.testing.assert_allclose(leading, whole.pop("singular_values")[: len(leading)], rtol=1e-5)
+    assert 10 <= len(leading) <= LEADING and str(len(leading)) in note
+    assert math.isnan(found.pop("effective_rank")) and whole.pop("effective_rank") > 1
+    rank90 = whole.pop("rank90")
+    if power > 1:  # a few values hold nearly all
+        assert found.pop("rank90") == rank90 and "hold" not in note
+    else:
+        assert math.isnan(found.pop("rank90"))
+        low, high = (int(word) for word in note.split() if word.isdecimal() and word not in ("90", str(len(leading))))
+        assert low <= rank90 <= high and low > len(leading)
+    assert {key: found[key] for key in ("layer", "module", "depth")} == {
+        key: whole[key] for key in ("layer", "module", "depth")
+    }
+    for key in set(found) - {"layer", "module"}:
+        assert found[key] == pytest.approx(whole[key], rel=1e-5), key
+
+
+def test_a_large_dense_matrix_may_be_zero_or_hold_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LIMIT", 10)
+    found, note = row("a", Dense(torch.zeros(30, 20)), 1.0)
+    assert (found["rank90"], found["frobenius"], found["relative_norm"], note) == (0, 0, 0, "")
+    matrix = torch.ones(30, 20)
+    matrix[3, 4] = math.nan
+    with pytest.raises(DeltaError, match="not finite"):
+        row("a", Dense(matrix), 1.0)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError
+from loralab.spectral.krylov import Triplets, lanczos
+from loralab.spectral.products import Matrix
 
 LIMIT = 2**22
 """Elements of the largest dense matrix (2048 x 2048) that `table` decomposes unasked."""
@@ -26,6 +28,12 @@ FLOAT64_SIDE = 2048
 
 TIE = 1e-12
 """Share of the energy that rounding may take: n equal values hold exactly k/n in k of them."""
+
+LEADING = 32
+"""Triplets computed of a dense matrix that is larger: more bound its ranks little better, and take longer to converge."""
+
+CERTAIN = 1e-4
+"""Residual, as a share of s₁, up to which one of them is kept: a singular value lies that near."""
 
 COLUMNS = (
     *("layer", "module", "depth", "out_features", "in_features", "rank", "rank90", "effective_rank", "stable_rank"),
@@ -142,31 +150,147 @@ def table(
     return pd.DataFrame(rows, columns=list(COLUMNS)), left_out
 
 
+def is_large(change: LayerDelta) -> bool:
+    """Tell whether a change is a dense matrix that is not decomposed unasked."""
+    return isinstance(change, Dense) and change.num_parameters > LIMIT
+
+
+@torch.no_grad()
+def leading(change: Dense, size: int = LEADING) -> Triplets:
+    """Give leading triplets of a dense change, at most `size`, each with its residual; none of a zero change.
+
+    Raises:
+        DeltaError: the change holds numbers that are not finite.
+    """
+    matrix = change.weight.detach().cpu().float()
+    energy = frobenius(matrix)
+    if not math.isfinite(energy):
+        raise DeltaError("the change holds numbers that are not finite", fix="look for NaN and infinite values")
+    if not energy:
+        none = matrix.new_zeros(0, dtype=torch.float64)
+        return Triplets(matrix.new_zeros(matrix.shape[0], 0), none, matrix.new_zeros(matrix.shape[1], 0), none)
+    found = lanczos(Matrix(matrix), min(size, *matrix.shape), tolerance=CERTAIN / 10)
+    return found.first(int((found.residuals <= CERTAIN).long().cumprod(0).sum()))
+
+
+def row(
+    name: str, change: LayerDelta, base_frobenius: float, *, exact: bool = False, known: Triplets | None = None
+) -> tuple[dict[str, Any], str]:
+    """Measure one matrix, a large dense one by its leading values: a row of `table`, and a note, "" where all is known.
+
+    Of a dense change of more than 2²² elements the leading singular values are computed, each certified by its residual, and the
+    whole energy. Those give norms and stable rank; the rank for 90 % lies in an interval, which the note gives where it is not
+    one number (the column is NaN then); the effective rank needs all values and is NaN.
+
+    Args:
+        name: of the layer.
+        change: a matrix.
+        base_frobenius: ‖W‖_F of the base weight.
+        exact: decompose large dense changes whole.
+        known: leading triplets of a large dense change; None computes them.
+
+    Raises:
+        DeltaError: the change is not a matrix, or a large dense one with numbers that are not finite.
+    """
+    if exact or not is_large(change):
+        return _row(name, change, base_frobenius), ""
+    assert isinstance(change, Dense)
+    found = known if known is not None else leading(change)
+    energy, s = frobenius(change.weight) ** 2, found.values.numpy()
+    if not energy:
+        ranks = dict.fromkeys(("rank90", "effective_rank", "stable_rank", "frobenius", "spectral"), 0.0)
+        return _placed(name, change, {"rank": min(change.shape), **ranks}, base_frobenius, np.zeros(1)), ""
+    error = float(found.residuals.max() * s[0]) if s.size else 0.0
+    low, high = rank_interval(s, energy, min(change.shape), error=error)
+    ranks = {
+        "rank": min(change.shape),
+        "rank90": float(low) if low == high else math.nan,
+        "effective_rank": math.nan,
+        "stable_rank": energy / float(s[0]) ** 2 if s.size else math.nan,
+        "frobenius": math.sqrt(energy),
+        "spectral": float(s[0]) if s.size else math.nan,
+    }
+    said = "" if low == high else f"; at least {low} and at most {high} directions hold 90 % of the variance"
+    note = f"only the {s.size} leading singular values were computed{said}"
+    return _placed(name, change, ranks, base_frobenius, s), note
+
+
 def _row(name: str, change: LayerDelta, base_frobenius: float) -> dict[str, Any]:
     s = spectrum(change)
-    parts = name.split(".")
-    frobenius = math.hypot(*s)
-    return {
-        "layer": name,
-        "module": parts[-1],
-        "depth": next((int(part) for part in parts if part.isdecimal()), -1),
-        "out_features": change.shape[0],
-        "in_features": change.shape[1],
+    ranks = {
         "rank": s.size,
         "rank90": rank_share(s),
         "effective_rank": effective_rank(s),
         "stable_rank": stable_rank(s),
-        "frobenius": frobenius,
-        "spectral": float(s.max(initial=0.0)),
+    }
+    sizes = {"frobenius": math.hypot(*s), "spectral": float(s.max(initial=0.0))}
+    return _placed(name, change, ranks | sizes, base_frobenius, s)
+
+
+def _placed(
+    name: str, change: LayerDelta, found: dict[str, Any], base_frobenius: float, s: Float[ndarray, " k"]
+) -> dict[str, Any]:
+    return {
+        **place(name),
+        "out_features": change.shape[0],
+        "in_features": change.shape[1],
+        **found,
         "base_frobenius": base_frobenius,
-        "relative_norm": frobenius / base_frobenius if base_frobenius else math.nan,
+        "relative_norm": found["frobenius"] / base_frobenius if base_frobenius else math.nan,
         "singular_values": s.tolist(),
     }
 
 
+def place(name: str) -> dict[str, Any]:
+    """Say where a layer stands: layer, module (the last part of its name), depth (the first part that is a number, or −1)."""
+    parts = name.split(".")
+    depth = next((int(part) for part in parts if part.isdecimal()), -1)
+    return {"layer": name, "module": parts[-1], "depth": depth}
+
+
+def rank_interval(
+    s: Float[ndarray, " k"], energy: float, length: int, share: float = 0.9, error: float = 0.0
+) -> tuple[int, int]:
+    """Bound the rank for a share of the energy by the leading singular values alone.
+
+    No other value is larger than the last of them: if each were as large, the fewest were needed. If all the others were equal,
+    the most.
+
+    Args:
+        s: the leading values, falling.
+        energy: the sum of the squares of all values.
+        length: how many values there are in all.
+        share: of the energy, in (0, 1].
+        error: how far each value may be off.
+    """
+    if energy <= 0:
+        return 0, 0
+    wanted, others = share * energy * (1 - TIE), length - s.size
+    found = []
+    for values in (s + error, (s - error).clip(0)):
+        sums = np.cumsum(values**2)
+        held = float(sums[-1]) if s.size else 0.0
+        if held >= wanted or not others:
+            found.append(min(int(np.searchsorted(sums, wanted)) + 1, length))
+        elif not found:
+            last = float(values[-1]) if s.size else 0.0
+            found.append(s.size + min(others, math.ceil((wanted - held) / last**2) if last else 1))
+        else:
+            found.append(s.size + min(others, math.ceil((wanted - held) * others / (energy - held))))
+    return found[0], found[1]
+
+
 @torch.no_grad()
+def frobenius(weight: Float[Tensor, "out in"]) -> float:
+    """Give ‖W‖_F of a weight: rows in float32 where the weight lies, their sum in float64."""
+    # A few rows at a time, as they are stored: a half-precision weight is widened within the cache, not as a whole.
+    stored = weight if weight.is_contiguous() else weight.t()
+    rows = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in stored.split(256)])
+    return float(rows.cpu().double().norm())
+
+
 def _size(name: str, change: LayerDelta, weights: Mapping[str, Tensor] | Callable[[str], Tensor]) -> float:
-    """Give ‖W‖_F of the base weight of a layer: rows in float32 where the weight lies, their sum in float64."""
+    """Give ‖W‖_F of the base weight of a layer."""
     try:
         weight = weights[name] if isinstance(weights, Mapping) else weights(name)
     except KeyError:
@@ -175,7 +299,4 @@ def _size(name: str, change: LayerDelta, weights: Mapping[str, Tensor] | Callabl
         ) from None
     if tuple(weight.shape) != tuple(change.shape):
         raise DeltaError(f"the delta is {tuple(change.shape)}, the weight {tuple(weight.shape)}", where=name)
-    # A few rows at a time, as they are stored: a half-precision weight is widened within the cache, not as a whole.
-    stored = weight if weight.is_contiguous() else weight.t()
-    rows = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in stored.split(256)])
-    return float(rows.cpu().double().norm())
+    return frobenius(weight)
