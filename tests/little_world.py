@@ -92,7 +92,7 @@ def in_child(log: str, *words: str) -> None:
 
 
 def same_bits(run: Path, whole: Path) -> None:
-    """Check that a run ended in the same bits as an uninterrupted one: delta, links, losses, scores, items."""
+    """Check that a run ended in the same bits as an uninterrupted one: delta, links, losses, scores, items, spectra."""
     import pandas as pd
 
     from loralab.run.folder import RunFolder
@@ -105,7 +105,11 @@ def same_bits(run: Path, whole: Path) -> None:
         assert (run / path).read_bytes() == (whole / path).read_bytes(), path
     for name in ("metrics.jsonl", "scores.jsonl", "samples.jsonl"):
         assert untimed(run / name) == untimed(whole / name), name
-    pd.testing.assert_frame_equal(pd.read_parquet(run / "items.parquet"), pd.read_parquet(whole / "items.parquet"))
+    tables = sorted(path.name for path in whole.glob("*.parquet"))
+    assert tables == sorted(path.name for path in run.glob("*.parquet")) and "items.parquet" in tables
+    for name in tables:
+        pd.testing.assert_frame_equal(pd.read_parquet(run / name), pd.read_parquet(whole / name), check_exact=True)
+    assert not list(run.glob("spectra")) + list(run.glob("intruders")), "parts become one table"
 
 
 def _tensor_files(run: Path) -> set[Path]:

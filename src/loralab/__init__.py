@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from loralab.lab.experiment import train
     from loralab.lab.index import index as runs
     from loralab.lab.merging import merge
+    from loralab.lab.repair import repair
+    from loralab.lab.repair import sweep as repair_sweep
+    from loralab.lab.spectra import spectra
     from loralab.report.page import write as write_report
     from loralab.spec.recipes import read as recipe
     from loralab.spec.spec import RunSpec
@@ -37,8 +40,11 @@ _HOMES = {
     "load_base": "loralab.base.model:load",
     "load_delta": "loralab.delta.store:load_lowrank",
     "merge": "loralab.lab.merging:merge",
+    "repair": "loralab.lab.repair:repair",
+    "repair_sweep": "loralab.lab.repair:sweep",
     "recipe": "loralab.spec.recipes:read",
     "runs": "loralab.lab.index:index",
+    "spectra": "loralab.lab.spectra:spectra",
     "train": "loralab.lab.experiment:train",
     "train_all": "loralab.lab.engines:train_all",
     "write_report": "loralab.report.page:write",
@@ -53,7 +59,10 @@ __all__ = [
     "load_delta",
     "merge",
     "recipe",
+    "repair",
+    "repair_sweep",
     "runs",
+    "spectra",
     "train",
     "train_all",
     "write_report",

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from little_world import make_base, make_world, overrides, same_bits
 from loralab.base.model import load
 from loralab.errors import DeltaError, FolderError, Interrupted, ModelError
-from loralab.lab import experiment, spectra
+from loralab.lab import experiment, run_spectra
 from loralab.lab.experiment import train
 from loralab.lab.watch import Silent
 from loralab.methods import METHODS
@@ -60,7 +60,7 @@ def falls_over(error: BaseException) -> Any:
     "error", [DeltaError("another base"), torch.OutOfMemoryError("2 GiB"), MemoryError(), ValueError("no number")]
 )
 def test_a_run_whose_delta_cannot_be_looked_into_is_done(world, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(experiment, "write_spectra", falls_over(error))
+    monkeypatch.setattr(run_spectra, "row", falls_over(error))
     display = Notes()
     result = train(spec(world), tmp_path, display=display)
     assert result.status["state"] == "done"
@@ -73,7 +73,7 @@ def test_a_run_whose_delta_cannot_be_looked_into_is_done(world, tmp_path, monkey
 
 
 def test_spectra_that_find_the_disk_full_are_written_by_the_same_command(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_spectra", falls_over(Interrupted("the disk is full")))
+    monkeypatch.setattr(run_spectra.Parts, "finish", falls_over(Interrupted("the disk is full")))
     with pytest.raises(Interrupted):
         train(spec(world), tmp_path)
     folder = RunFolder(tmp_path / spec(world).folder_name)
@@ -92,17 +92,17 @@ def test_large_dense_changes_are_not_even_formed(world, tmp_path, monkeypatch, r
         wanted = read(str(own), overrides(world, **SHORT))
     else:
         wanted = spec(world, recipe)
-    monkeypatch.setattr(spectra, "LIMIT", 32 * 32)
+    monkeypatch.setattr(run_spectra, "LIMIT", 32 * 32)
     formed: list[int] = []
-    sound = spectra.table
+    sound = experiment.SpectraProbe._row
 
-    def look(delta: Any, *rest: Any) -> Any:
-        formed.extend(change.num_parameters for change in delta.values())
-        return sound(delta, *rest)
+    def look(self: Any, name: str, change: Any) -> Any:
+        formed.append(change.num_parameters)
+        return sound(self, name, change)
 
-    monkeypatch.setattr(spectra, "table", look)
+    monkeypatch.setattr(experiment.SpectraProbe, "_row", look)
     display = Notes()
-    found = train(wanted, tmp_path, display=display).spectra()
+    found = train(wanted, tmp_path, display=display).spectra(every_step=True)
     assert len(formed) == len(found) > 0 and max(formed) == 32 * 32
     assert set(found.module) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     (said,) = [note for note in display.said if "no spectrum" in note]

@@ -84,7 +84,7 @@ def test_the_last_line_tells_the_share_of_the_probes():
 
 
 def names(result: Result) -> set[str]:
-    return {name for name in result.after if not name.startswith("source")}
+    return {name for name in result.after if not name.startswith(("source", "spectrum"))}
 
 
 def test_drift_is_measured_as_the_recipe_asks(world, tmp_path):

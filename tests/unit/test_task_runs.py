@@ -167,7 +167,8 @@ def test_scores_name_role_skill_and_change(whole):
     choices = {"target/choice", "source/choice"}
     covered = {"drift/covered", "drift/target_covered"}
     assert {name for name in names["base"] if "loss" not in name} == accuracies | choices | covered
-    measured = {name for name in names["tuned"] if "loss" not in name and "drift" not in name}
+    others = ("drift", "spectrum")
+    measured = {name for name in names["tuned"] if "loss" not in name and not name.startswith(others)}
     assert measured == {name + change for name in accuracies | choices for change in ("", "_change")}
     counts = {name: whole.score(name).n for name in ("target/accuracy", "target/choice", "source/choice")}
     assert counts == {"target/accuracy": 10, "target/choice": 4, "source/choice": 5}

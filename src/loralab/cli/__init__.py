@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from loralab.cli import deltas, machine, runs
+from loralab.cli import deltas, inside, machine, runs
 from loralab.cli.recipes import recipes_app
 from loralab.errors import Interrupted, LoralabError
 
@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(runs.train, runs.check),
-    *(deltas.evaluate, deltas.merge),
+    *(deltas.evaluate, inside.spectra, inside.repair, deltas.merge),
     *(runs.runs, runs.report, runs.demo, machine.doctor),
 )
 for command in COMMANDS:

@@ -1,5 +1,6 @@
 """Runs one spec: the composition root, and the only place where a spec becomes objects."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -7,16 +8,18 @@ import torch
 from loralab.base.device import peak_bytes
 from loralab.base.targets import fused_weights
 from loralab.errors import Diverged, Interrupted, LoralabError
+from loralab.evals.probe import counting
 from loralab.lab.prepare import Prepared, prepare
 from loralab.lab.result import Result, result_of, save_delta, write_items
 from loralab.lab.resume import resume, same_inputs_or_refuse
-from loralab.lab.run_spectra import write_spectra
+from loralab.lab.run_spectra import SpectraProbe
 from loralab.lab.stop import Stop, interrupts_explained, stop_on_signals
 from loralab.lab.watch import Display, RunWatch, Silent
 from loralab.run.folder import RunFolder
 from loralab.run.trackers import mirrors
 from loralab.spec.recipes import dump
 from loralab.spec.spec import RunSpec
+from loralab.training.checkpoint import checkpoints
 from loralab.training.loop import Loop
 from loralab.training.objectives.text import TextObjective
 from loralab.training.optim import schedule, torch_optimizer
@@ -61,11 +64,18 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
     torch.manual_seed(spec.seed)  # of dropout; the methods draw their starts from generators of their own
     same_inputs_or_refuse(folder, prepared)
     loop = loop_of(spec, prepared)
+    spectra = SpectraProbe(
+        folder,
+        prepared.base.model,
+        prepared.method,
+        look_for_intruders=spec.probes.spectra == "intruders",
+        warn=lambda message, step: watch.on_warning(message, step),
+    )
     watch = RunWatch(
         folder=folder,
         model=prepared.base.model,
         method=prepared.method,
-        probes=prepared.probes,
+        probes=[*prepared.probes, spectra] if spec.probes.spectra else prepared.probes,
         samples=prepared.samples,
         total_steps=prepared.total_steps,
         probe_every=spec.probes.every,
@@ -76,7 +86,9 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         mirrors=mirrors(list(spec.trackers), folder.path, spec.folder_name, spec.model_dump(mode="json")),
         stop_requested=lambda: stop.requested,
     )
+    goes_on = bool(checkpoints(folder.checkpoints))
     resume(folder, loop, watch, spec=spec, fingerprint=prepared.base.fingerprint)
+    spectra.keep(loop.step if goes_on else 0)
     share = {
         "trained_parameters": prepared.attachment.trained_parameters,
         "all_parameters": prepared.attachment.all_parameters,
@@ -99,13 +111,21 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         display.note(f"warning: {sum(fused.values()):,} numbers in fused weights ({next(iter(fused))} …) are no target")
     try:
         loop.run(watch)
+    except (Diverged, Interrupted):
+        with suppress(Interrupted):  # a full disk is no news here
+            spectra.gather(loop.step)
+        raise
     finally:
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
     save_delta(folder, prepared)
     write_items(folder, watch.base_readings, watch.final_readings(loop.step))
-    _describe_delta(folder, prepared, watch, loop.step)
+    if spec.probes.spectra:
+        with counting(prepared.base.model, watch.cost):
+            left_out = spectra.finish(loop.step)
+        if left_out:
+            display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
     folder.write_status(
         state="done",
         step=loop.step,
@@ -116,20 +136,6 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         end="all steps done" if loop.step == prepared.total_steps else "the chain ended early",
     )
     return result_of(folder)
-
-
-def _describe_delta(folder: RunFolder, prepared: Prepared, watch: RunWatch, step: int) -> None:
-    """Write the spectra; a run whose delta cannot be looked into is done all the same."""
-    try:
-        left_out = write_spectra(folder, prepared, step)
-    except Interrupted:  # the disk is full: with more room the same command writes them
-        raise
-    except Exception as error:  # of any type: memory, a decomposition that fails, a tuner of the peft library
-        reason = error.what if isinstance(error, LoralabError) else f"{type(error).__name__}: {error}"
-        watch.on_warning(f"the spectra of the delta could not be written: {reason}", step)
-        return
-    if left_out:
-        watch.display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
 
 
 def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -> Loop:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -55,16 +56,34 @@ class Result:
         """Give what base and tuned model answered to the same prompts: step, model, role, skill, prompt, output."""
         return read_lines(self.folder.samples)
 
-    def spectra(self) -> pd.DataFrame:
-        """Give the spectrum of the delta, a row per matrix; see `loralab.spectral.spectrum.table` for its columns.
+    def spectra(self, *, every_step: bool = False) -> pd.DataFrame:
+        """Give the spectrum of the delta, a row per matrix; with `every_step` at every evaluation of the run.
+
+        Columns: `step`, and those of `loralab.spectral.spectrum.table`.
 
         Raises:
-            FolderError: the run has none; a warning in metrics.jsonl says why.
+            FolderError: the run has none: `probes.spectra` is false, or a warning in metrics.jsonl says why.
         """
-        if not self.folder.spectra.is_file():
-            fix = "look for a warning in metrics.jsonl"
-            raise FolderError("this run has no spectra of its delta", where=str(self.folder.spectra), fix=fix)
-        return pd.read_parquet(self.folder.spectra)
+        return self._table(self.folder.spectra, "spectra of its delta", "true", every_step)
+
+    def intruders(self, *, every_step: bool = False) -> pd.DataFrame:
+        """Give the leading left singular vectors of the tuned weights, a row each; with `every_step` at every evaluation.
+
+        Columns: delta (the run), step, layer, module, depth, position (from 1), value, relative_value (of the largest), cosine_low and
+        cosine_high (with that vector of the base that is most alike), intruder, route, gap, stable, similarity (with each of
+        the base's leading vectors).
+
+        Raises:
+            FolderError: the run did not look for them.
+        """
+        return self._table(self.folder.path / "intruders.parquet", "table of intruders", "intruders", every_step)
+
+    def _table(self, path: Path, what: str, choice: str, every_step: bool) -> pd.DataFrame:
+        if not path.is_file():
+            fix = f"train with probes.spectra={choice}; if that was so, look for a warning in metrics.jsonl"
+            raise FolderError(f"this run has no {what}", where=str(path), fix=fix)
+        found = pd.read_parquet(path)
+        return found if every_step else found[found["step"] == found["step"].max()].reset_index(drop=True)
 
     def summary(self) -> dict[str, Any]:
         """Give everything as plain values."""

@@ -116,7 +116,8 @@ class RunWatch:
             self._record(step, "tuned", scores)
             self._mirror(step, {score.name: score.value for score in scores})
             self._mirror(step, {"probe_s": self.cost.seconds - before})
-            self.display.scores(step, scores)
+            if scores:
+                self.display.scores(step, scores)
         if last:
             self._sample(step, "tuned")
 

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from loralab.spec.method import LoraSpec, MethodSpec
 from loralab.spec.strict import Count, Patterns, Positive, Share, Strict, contradiction
@@ -136,6 +136,15 @@ class TaskSpec(Strict):
 TasksAsWritten = str | TaskSpec | list[str | TaskSpec] | None
 
 
+def _a_number_is_no_answer(choices: Any) -> BeforeValidator:
+    """Refuse 1 where `true` is a choice: Python takes one for the other."""
+    return BeforeValidator(lambda value: value if isinstance(value, bool | str) else str(value), choices)
+
+
+Drift = Literal[True, False, "exact"]
+Spectra = Literal[True, False, "intruders"]
+
+
 class ProbeSpec(Strict):
     """What is measured during training. A task, or a list of them, in its place stands for `source`."""
 
@@ -143,12 +152,17 @@ class ProbeSpec(Strict):
     """Below 1: share of the run; from 1 on: steps. The base and the end are always measured."""
     tokens: Count = 16384
     """Most tokens of each text that a probe reads."""
-    drift: Literal[True, False, "exact"] = True
+    drift: Annotated[Drift, _a_number_is_no_answer(Drift)] = True
     """Watch KL(base‖tuned), paired loss rise and top-1 flips on the general text (or the validation rows), and the KL on the
     prompts of the validation rows. `exact` forwards the base again each time instead of keeping its likeliest tokens.
     """
     top_k: Count = 64
     """Base log-probabilities kept per position; the KL is then a lower bound."""
+    spectra: Annotated[Spectra, _a_number_is_no_answer(Spectra)] = True
+    """Take the singular values of every matrix of the delta at each evaluation: low-rank pairs always (milliseconds a matrix),
+    dense changes then only if all are small, else at the end. `intruders` looks for intruder dimensions too (k = 10, ε = 0.5),
+    and takes dense changes of up to 2²² elements each time. `false` takes none, not even at the end.
+    """
     target: list[TaskSpec] = []
     """Tasks that the training should teach: learning is the rise of their accuracy."""
     source: list[TaskSpec] = []
@@ -160,11 +174,6 @@ class ProbeSpec(Strict):
     @classmethod
     def _paths_become_tasks(cls, value: Any) -> Any:
         return _paths_become_sections([] if value is None else value)
-
-    @field_validator("drift", mode="before", json_schema_input_type=Literal[True, False, "exact"])
-    @classmethod
-    def _a_number_is_no_answer(cls, value: Any) -> Any:
-        return value if isinstance(value, bool | str) else str(value)  # Python takes 1 for true
 
 
 ProbesAsWritten = str | list[str | TaskSpec] | ProbeSpec
