@@ -47,6 +47,8 @@ TITLES = {
 }
 """What levels say, by the last part of their names, and their units."""
 ROLE_ORDER = ("target", "source", "general", "drift")
+WEIGHTS = ("spectrum", "intruders")
+"""Roles of scores that look at weights; they have figures of their own."""
 NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "top1_flips", "target_top1_flips")
 """Changes are seen in their levels, flips in the KL."""
 
@@ -54,6 +56,7 @@ NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "top1_flips", "tar
 def _probed_names(comparison: Comparison, parts: int) -> list[str]:
     """Give the levels measured over training, roles in order; of a role, answers before choices before losses."""
     names = dict.fromkeys(name for run in comparison.runs for name in run.history if name.count("/") == parts - 1)
+    names = {name: None for name in names if name.partition("/")[0] not in WEIGHTS}
     kept = [name for name in names if name.rpartition("/")[2] not in NO_LEVELS and not name.endswith("_change")]
     measures = list(TITLES)
 

@@ -2,15 +2,17 @@
 
 Text stays text, in the page's own font; ink, hairlines and paper take the page's colours, so that one figure serves light,
 dark and print. Marks carry what the page's script reads: `data-run`, `data-method` and, for a tooltip, `data-tip`.
-The same input gives the same bytes: no date, ids salted with the figure's name.
+Within `kept_as_files` each figure is kept as a file of its own too. The same input gives the same bytes: no date, ids
+salted with the figure's name.
 """
 
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import Any, Protocol
 from xml.etree import ElementTree
 
@@ -33,10 +35,12 @@ BASE_COLOUR = "#8A8F98"
 RANK_SHAPES = ("o", "v", "s", "D", "^", "<", "P", "X", "*")
 """Marker of ranks 1, 2, 4, … 256; full fine-tuning, which has no rank, is a hexagon."""
 
-INK, FAINT, PAPER = "#010101", "#020202", "#030303"
-"""Stand-ins that become the page's own colours."""
+INK, FAINT, PAPER = "#1b1e24", "#dfe2e7", "#ffffff"
+"""Colours of a figure in a file of its own, those of the light page; on a page they become the page's, light or dark."""
 _PAGE = {INK: "currentColor", FAINT: "var(--line)", PAPER: "var(--paper)"}
 SIZE = 13.5
+PNG_DPI = 216
+"""Three pixels of a PNG for one of the page."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -153,7 +157,44 @@ class Canvas:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's fonts have them
             self.figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+            files = _files.get()
+            if files is not None:
+                files.keep(self)
         self.svg = _of_the_page(out.getvalue(), self._marks, self.title)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Figures as files of their own: `found` holds their bytes by file name, in the order in which they were drawn."""
+
+    formats: Sequence[str]
+    found: dict[str, bytes] = field(default_factory=dict)
+
+    def keep(self, made: Canvas) -> None:
+        """Save a figure on white paper, with its title as metadata."""
+        for ending in self.formats:
+            out, metadata = BytesIO(), dict.fromkeys(("Date", "Creator") if ending == "svg" else ("Software",))
+            facts = {**metadata, "Title": made.title}
+            made.figure.savefig(out, format=ending, facecolor=PAPER, dpi=PNG_DPI, metadata=facts)
+            self.found[f"{made.name}.{ending}"] = out.getvalue()
+
+
+_files: ContextVar[Files | None] = ContextVar("files", default=None)
+
+
+@contextmanager
+def kept_as_files(formats: Sequence[str]) -> Iterator[dict[str, bytes]]:
+    """Keep every figure that is drawn within the block as a file too: file name → bytes.
+
+    Args:
+        formats: `svg` (text stays text) or `png` (216 dots per inch).
+    """
+    files = Files(formats)
+    token = _files.set(files)
+    try:
+        yield files.found
+    finally:
+        _files.reset(token)
 
 
 @contextmanager

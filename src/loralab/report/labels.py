@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.text import Text
+from numpy import ndarray
 
 from loralab.report.drawing import FAINT, SIZE, Canvas, Named
 
@@ -40,9 +43,10 @@ def place_labels(
             for dx, dy in SIDES
         ]
         near = [_around(across, up, half_wide, half_high) for _, across, up in spots]
+        covered = _overlaps(np.array(near), np.array(boxes)).sum(axis=1)
         costs = [
-            sum(_overlap(box, other) for other in boxes) + 10 * _outside(box, tuple(frame.extents)) + 60 * ring
-            for box, (ring, _, _) in zip(near, spots, strict=True)
+            float(area) + 10 * _outside(box, tuple(frame.extents)) + 60 * ring
+            for area, box, (ring, _, _) in zip(covered, near, spots, strict=True)
         ]
         best = min(range(len(near)), key=lambda i: (round(costs[i]), i))
         boxes.append(near[best])
@@ -65,14 +69,17 @@ def _around(x: float, y: float, half_wide: float, half_high: float) -> Box:
     return (x - half_wide, y - half_high, x + half_wide, y + half_high)
 
 
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _overlaps(a: Float[ndarray, "boxes 4"], b: Float[ndarray, "others 4"]) -> Float[ndarray, "boxes others"]:
+    """Give the area that each box shares with each other one."""
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    area: Float[ndarray, "boxes others"] = np.maximum(0.0, high - low).prod(axis=2)
+    return area
 
 
 def _outside(box: Box, frame: Sequence[float]) -> float:
     area = (box[2] - box[0]) * (box[3] - box[1])
     left, bottom, right, top = (float(edge) for edge in frame)
-    return area - _overlap(box, (left, bottom, right, top))
+    return area - float(_overlaps(np.array([box]), np.array([(left, bottom, right, top)]))[0, 0])
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

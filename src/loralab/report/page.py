@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, a folder of runs, or an evaluation.
+"""One self-contained HTML page about a run, a folder of runs, an evaluation, a spectra folder, or a repair.
 
 No network, no date of building, the same bytes each time.
 """
@@ -7,12 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import FolderError
-from loralab.lab.evaluation import Evaluation, is_evaluation, read_evaluation
-from loralab.report import curves, evaluation, figures, items, provenance, seeds, spectra, tables
+from loralab.lab.evaluation import is_evaluation, read_evaluation
+from loralab.lab.repaired import is_repair, read_repair
+from loralab.lab.spectra import is_spectra, read_spectra
+from loralab.report import (
+    curves,
+    evaluation,
+    figures,
+    grown,
+    inside,
+    items,
+    provenance,
+    repaired,
+    seeds,
+    spectra,
+    tables,
+)
 from loralab.report.compare import METHOD_NAMES, METHOD_ORDER, Comparison, Side, View, compare, method_label
 from loralab.report.drawing import colour, icon
 from loralab.report.read import Run, runs_below
 from loralab.report.rendering import inlined, rendered
+from loralab.report.spectra_folder import Inside
 from loralab.report.verdict import verdict
 from loralab.report.wording import whole
 from loralab.run.folder import write_atomic
@@ -28,7 +43,7 @@ STATES = {
 
 
 def write(path: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of a run folder, of a folder that holds run folders (or groups of them), or of an evaluation.
+    """Write the report of a folder: a run's, one that holds runs (or groups of them), an evaluation's, spectra, a repair.
 
     Args:
         path: the folder.
@@ -38,16 +53,31 @@ def write(path: str | Path, out: str | Path | None = None) -> Path:
         The page's file.
 
     Raises:
-        FolderError: there is no such folder, no run in it, the evaluation is damaged, or the page cannot be written.
+        FolderError: there is no such folder, nothing to report in it, what it holds is damaged, or the page cannot be
+            written.
         Interrupted: the disk is full.
     """
-    found = read_evaluation(path) if is_evaluation(path) else runs_below(path)
     target = Path(path, "report.html") if out is None else Path(out)
     if target.is_dir():
         raise FolderError("the page's file is a folder", where=str(target), fix="name a file: --out report.html")
-    name = Path(path).resolve().name
-    write_atomic(target, evaluation.render(found, name) if isinstance(found, Evaluation) else render(found, name))
+    write_atomic(target, of_folder(path))
     return target
+
+
+def of_folder(path: str | Path) -> str:
+    """Give the page of whatever a folder holds, as text.
+
+    Raises:
+        FolderError: there is no such folder, nothing to report in it, or what it holds is damaged.
+    """
+    name = Path(path).resolve().name
+    if is_evaluation(path):
+        return evaluation.render(read_evaluation(path), name)
+    if is_spectra(path):
+        return inside.render(Inside(read_spectra(path)), name)
+    if is_repair(path):
+        return repaired.render(read_repair(path), name)
+    return render(runs_below(path), name)
 
 
 def render(runs: list[Run], name: str) -> str:
@@ -100,6 +130,7 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "skills": tables.skills(comparison),
         "spectra": inlined(spectra.figures(comparison, key)),
         "inside": tables.inside(comparison),
+        "grown": inlined(grown.figures(comparison, key)),
         "samples": _samples(comparison),
         "cost": tables.cost(comparison),
         "all_scores": tables.all_scores(comparison),

@@ -16,6 +16,7 @@ from loralab.lab.index import is_run, read_spec
 from loralab.run.folder import RunFolder, read_json, read_lines
 
 SPECTRA_COLUMNS = {"step", "layer", "module", "depth", "rank", "rank90", "singular_values"}
+INTRUDER_COLUMNS = {"step", "layer", "position", "value", "relative_value", "intruder"}
 ITEM_COLUMNS = {"probe", "item", "num_tokens", "base_loss_sum", "tuned_loss_sum"}
 SAMPLE_KEYS = ("model", "role", "skill", "prompt", "reference", "output")
 
@@ -33,7 +34,9 @@ class Run:
         history: the tuned model's scores by name, in order of steps.
         metrics: training lines (step, loss, tokens, …), in order of steps.
         samples: lines of samples.jsonl.
-        items, spectra: the tables of these names, None where there is none.
+        items, spectra: the tables of these names, None where there is none; of the spectra the last step.
+        spectra_steps: the spectra of all steps, None where only one was measured.
+        intruders: the leading vectors of the tuned matrices at the steps where they were measured.
         problems: what could not be read, in words.
     """
 
@@ -50,6 +53,8 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     items: pd.DataFrame | None = None
     spectra: pd.DataFrame | None = None
+    spectra_steps: pd.DataFrame | None = None
+    intruders: pd.DataFrame | None = None
     problems: tuple[str, ...] = ()
 
     def at(self, key: str) -> Any:
@@ -184,6 +189,7 @@ def read_run(path: Path, root: Path) -> Run:
     scores = tried(lambda: read_lines(folder.scores), [])
     base, history = _scores(scores)
     metrics = [line for line in tried(lambda: read_lines(folder.metrics), []) if _is_step(line)]
+    spectra = _filled(tried(lambda: _table(path / "spectra.parquet", SPECTRA_COLUMNS), None))
     samples = [line for line in tried(lambda: read_lines(folder.samples), []) if _is_sample(line)]
     return Run(
         folder=path.relative_to(root).as_posix(),
@@ -198,7 +204,9 @@ def read_run(path: Path, root: Path) -> Run:
         metrics=metrics,
         samples=samples,
         items=tried(lambda: _table(path / "items.parquet", ITEM_COLUMNS), None),
-        spectra=_last_step(tried(lambda: _table(path / "spectra.parquet", SPECTRA_COLUMNS), None)),
+        spectra=_last_step(spectra),
+        spectra_steps=spectra if spectra is not None and spectra["step"].nunique() > 1 else None,
+        intruders=_flagged(tried(lambda: _table(path / "intruders.parquet", INTRUDER_COLUMNS), None)),
         problems=tuple(problems),
     )
 
@@ -241,7 +249,23 @@ def _table(path: Path, columns: set[str]) -> pd.DataFrame | None:
     return table
 
 
+def _filled(table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Give a table that has rows of known steps, None for any other."""
+    if table is None:
+        return None
+    table = table[pd.to_numeric(table["step"], errors="coerce").notna()].reset_index(drop=True)
+    return None if table.empty else table
+
+
+def _flagged(table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Make the verdicts of a table of leading vectors true or false: what has none is no intruder."""
+    table = _filled(table)
+    return (
+        None if table is None else table.assign(intruder=table["intruder"].map(lambda value: value == 1).astype(bool))
+    )
+
+
 def _last_step(spectra: pd.DataFrame | None) -> pd.DataFrame | None:
-    if spectra is None or spectra.empty:
+    if spectra is None:
         return None
     return spectra[spectra["step"] == spectra["step"].max()].reset_index(drop=True)
