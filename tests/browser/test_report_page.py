@@ -5,7 +5,9 @@ import shutil
 import pytest
 
 from evaluation_world import write_evaluation
+from inside_world import make_inside
 from loralab.report.page import write
+from mended_world import write_sweep
 from report_world import make_sweep
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -198,3 +200,36 @@ def test_parts_of_a_bar_are_told_apart_from_paper_and_each_other(evaluation, sch
         "all => all.map(e => getComputedStyle(e).backgroundColor)"
     )
     assert len({*colours, paper}) == 5
+
+
+# The pages of spectra and of a repair
+
+
+@pytest.fixture(scope="module")
+def inside_address(tmp_path_factory):
+    return write(make_inside(tmp_path_factory.mktemp("browser") / "inside", depth=2)).as_uri()
+
+
+def test_a_cell_of_a_map_tells_its_count_and_a_chip_takes_its_delta_away(opened, inside_address):
+    page = opened(inside_address)
+    cell = page.locator("#deltas .figure").first.locator(".mark").nth(3)
+    cell.scroll_into_view_if_needed()
+    box = cell.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)  # onto the number that stands on it
+    assert page.locator("#tip").inner_text() == cell.get_attribute("data-tip")
+    page.locator(".chip[data-filter='lora-hot']").click()
+    assert page.locator("main [data-method='lora-hot']:visible").count() == 0
+    page.locator("#changes summary", has_text="Every matrix").click()
+    rows = page.locator("#changes table.sortable tbody tr:visible")
+    page.locator("#changes").get_by_role("button", name="size").click()
+    sizes = [float(text) for text in rows.locator("td:nth-child(11)").all_inner_texts()]
+    assert len(sizes) == 8 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_spectra_and_repairs_fit_the_screen_with_everything_open(opened, inside_address, tmp_path, width):
+    for address in (inside_address, write(write_sweep(tmp_path / "sweep")).as_uri()):
+        page = opened(address)
+        page.set_viewport_size({"width": width, "height": 844})
+        page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") == width

@@ -303,6 +303,18 @@ def test_subspaces_of_a_pair_are_medians_by_block_beside_luck(folder, found):
     assert "what two random subspaces have in common (0.100)" in figure.caption  # rank 4 in 40 dimensions
 
 
+def test_shares_inside_the_bases_leading_directions_are_medians_by_kind(folder, found):
+    matrices = pd.read_parquet(folder / "spectra.parquet")
+    matrices = matrices[matrices["problem"] == ""]
+    tips = [mark.get("data-tip") for mark in marks(subspaces.with_base(found, "x"))]
+    groups = matrices.groupby(["delta", "module"])
+    assert len(tips) == len(groups) == 8
+    for (delta, module), rows in groups:
+        middle = {side: rows[f"overlap_{side}"].median() for side in ("both", "left", "right")}
+        (tip,) = (tip for tip in tips if tip.startswith(f"{delta}, {module}: {middle['both']:.3g} of the energy"))
+        assert tip.endswith(f"; left {middle['left']:.3g}; right {middle['right']:.3g}")
+
+
 def test_three_deltas_have_a_map_of_pairs(tmp_path):
     made = make_inside(tmp_path / "three", deltas={"a": 0.5, "b": 1.0, "c": 2.0}, depth=1)
     shares = pd.read_parquet(made / "overlaps.parquet")
@@ -368,6 +380,7 @@ def test_no_intruder_anywhere(tmp_path):
     assert "What is inside the delta" in page.words
     assert "No intruder in its 4 matrices (k = 6, ε = 0.5)" in page.words
     assert "Where the intruders are" not in page.words and "Every intruder" not in page.words
+    assert "Leading singular values of the tuned weights" in page.words, "a delta alone is not named in every title"
 
 
 def test_no_matrix_could_be_measured(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from little_world import loralab, make_base, make_world, only_run, overrides
 from loralab.base.model import load
 from loralab.base.targets import weight_of
+from loralab.delta.layers import load_delta_
 from loralab.delta.lowrank import Delta, LayerDelta, LowRank
 from loralab.delta.store import load_lowrank, save_lowrank
 from loralab.errors import DeltaError, FolderError
@@ -191,6 +192,9 @@ def test_a_base_and_deltas_in_memory_give_the_same(world: Path, found: Spectra) 
     renamed = same.matrices.replace({"delta 1": "weak"})
     expected = found.matrices[found.matrices["delta"] != "tuned"].reset_index(drop=True)
     pd.testing.assert_frame_equal(renamed, expected)
+    load_delta_(base.model, load_lowrank(world / "strong"))  # pairs on the model change neither names nor weights
+    worn = spectra(base, world / "weak", world / "strong", k=K, epsilon=EPSILON, cache=world / "heads")
+    pd.testing.assert_frame_equal(worn.matrices, expected)
 
 
 def test_progress_is_told_layer_by_layer(world: Path) -> None:

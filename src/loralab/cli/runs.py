@@ -83,16 +83,25 @@ def runs(root: Runs = "runs", as_json: AsJson = False) -> None:
 def report(
     path: Annotated[
         str,
-        typer.Argument(help="A run folder, a folder of run folders, or an evaluation.", metavar="RUN|SWEEP|EVALUATION"),
+        typer.Argument(
+            help="Folder of a run, of many runs, of an evaluation, of spectra, or of a repair.", metavar="FOLDER"
+        ),
     ],
     out: Annotated[
         str | None, typer.Option("--out", help="File of the page; report.html in the folder if absent.")
     ] = None,
+    figures: Annotated[str | None, typer.Option("--figures", help="Write the page's figures as files there.")] = None,
+    format: Annotated[str, typer.Option("--format", help="Of these files: svg, png, or svg,png.")] = "svg,png",
 ) -> None:
-    """Write one self-contained HTML page about a run, about many side by side, or about an evaluation."""
+    """Write one self-contained HTML page about a folder: its runs, an evaluation, spectra, or a repair."""
+    from loralab.report.exports import write_figures
     from loralab.report.page import write
 
-    console().print(f"wrote {write(path, out)}", soft_wrap=True)
+    screen = console()
+    screen.print(f"wrote {write(path, out)}", markup=False, soft_wrap=True)
+    if figures is not None:
+        files = write_figures(path, figures, [ending.strip() for ending in format.split(",")])
+        screen.print(f"wrote {len(files)} files into {figures}", markup=False, soft_wrap=True)
 
 
 def demo(

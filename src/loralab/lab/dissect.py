@@ -132,7 +132,7 @@ def _parts(
         parts += list(_links(name, run, weights)) if links else []
         yield from parts
         if whole or not parts:  # a run that has not ended may have checkpoints alone
-            at = {"step": last} if isinstance(last, int) else {}
+            at = {"step": last} if parts and isinstance(last, int) else {}
             yield Part(name, str(delta), open_delta(str(delta), weights, trust_remote_code=trust_remote_code), at)
 
 

@@ -109,9 +109,7 @@ class Measuring:
         row |= {"view": twin["view"] if twin else view, "same_as": twin["edit"] if twin else ""}
         row |= {"norm_share": 0.0, "rank_extra": 0, "intruders": 0, "discarded": 0.0}
         if matrices is not None:
-            before, after, lost = (
-                (matrices[name] ** 2).sum() ** 0.5 for name in ("norm_before", "norm", "discarded_norm")
-            )
+            before, after = ((matrices[name] ** 2).sum() ** 0.5 for name in ("norm_before", "norm"))
             row["norm_share"] = after / before if before else 1.0
             row["rank_extra"] = int((matrices["rank"] - matrices["rank_before"]).fillna(0).sum())
             row["intruders"] = int(matrices["touched"].sum())

@@ -70,7 +70,7 @@ def figures(inside: Inside) -> dict[str, list[Drawn]]:
         "settings": list(settings),
         "spectra": [*spectra.drawn(shown, "change"), *values],
         "ranks": ranks,
-        "subspaces": [*subspaces.with_base(inside, "base"), *subspaces.of_deltas(inside, "overlap")],
+        "subspaces": [subspaces.with_base(inside, "base-overlap"), *subspaces.of_deltas(inside, "overlap")],
     }
     alone = models[0].label if len(models) == 1 else ""
     return {part: [_titled(figure, alone) for figure in drawn if figure is not None] for part, drawn in made.items()}

@@ -101,8 +101,11 @@ def label(side: str, facts: Mapping[str, Any]) -> str:
 def figures(found: Sweep) -> list[Drawn]:
     """Draw the plane, what each strength gives, and the differences from uniform scaling."""
     curves = curves_of(found.points)
-    drawn = [*(_by_strength(found, curves, side) for side in ("learning", "forgetting")), against_scale(found, curves)]
-    return [*planes(found, curves), *(figure for figure in drawn if figure is not None)]
+    in_plane, against = planes(found, curves), against_scale(found, curves)
+    by_strength = [_by_strength(found, curves, side) for side in ("learning", "forgetting")]
+    # Two figures stand side by side: of what belongs together, pairs.
+    rest = [against, *by_strength] if len(in_plane) == 1 else [*by_strength, against]
+    return [*in_plane, *(figure for figure in rest if figure is not None)]
 
 
 def tip_of(row: Mapping[str, Any]) -> str:

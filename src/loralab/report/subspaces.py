@@ -12,26 +12,16 @@ from loralab.report.changes import Model
 from loralab.report.drawing import BASE_COLOUR, DELTA_COLOURS, PAPER, RANK_SHAPES, canvas
 from loralab.report.figures import Drawn
 from loralab.report.labels import name_ends, right_margin
-from loralab.report.spectra import Subject, dot, in_order, rows_of_modules
+from loralab.report.spectra import dot, in_order, rows_of_modules
 from loralab.report.spectra_folder import Inside, named, short
 
-WAYS = {
-    "overlap_left": "left: what is written to the residual stream",
-    "overlap_right": "right: what is read from it",
-    "overlap_both": "both",
-}
 MOST_PAIRS = 6
 """Pairs of deltas with a line each; of more, only the map of all pairs is drawn."""
 
 
-def with_base(inside: Inside, prefix: str) -> list[Drawn]:
+def with_base(inside: Inside, name: str) -> Drawn | None:
     """Draw the share of each change's energy that lies in the base's top-k subspaces, by kind of layer."""
-    shown = inside.subjects
-    drawn = [_with_base(inside, shown, way, f"{prefix}-{way.partition('_')[2]}") for way in ("overlap_both",)]
-    return [figure for figure in drawn if figure is not None]
-
-
-def _with_base(inside: Inside, shown: Sequence[Subject], way: str, name: str) -> Drawn | None:
+    way, shown = "overlap_both", inside.subjects
     found = [(one, one.table[np.isfinite(one.table[way])]) for one in shown if way in one.table]
     modules = in_order(module for _, table in found for module in table["module"])
     if not 1 < len(modules) <= 24:

@@ -23,6 +23,9 @@ from loralab.spectral.products import Matrix, Tuned
 BLOCK = 16
 """Rows of a Lanczos block: fewer waste the pass over W, more converge later (512 dimensions at 16, over 800 at 48)."""
 
+ROUNDING = 2e-7
+"""Rounding of float32 products, in units of s₁ (with W) or s₁² (with WᵀW)."""
+
 PURSUED = 4
 """Pairs behind the k-th that `Davidson` improves as well; they speed up the k-th and give the gap behind it."""
 
@@ -87,7 +90,7 @@ def lanczos(
         projected[known:dimensions, :dimensions] = overlap.t()
         rest = square - overlap.t() @ space
         rest -= (rest @ space.t()) @ space
-        block = _beyond(rest, space, 1e-6 * float(overlap.abs().max()))
+        block = _fresh(rest, space, ROUNDING * float(overlap.abs().max()))
         is_last = dimensions >= most or not len(block)
         if is_last or (dimensions >= size + 2 * BLOCK and dimensions >= checked + max(48, dimensions // 8)):
             checked = dimensions
@@ -110,19 +113,22 @@ def _start(matrix: Matrix, start: Tensor | None, seed: int) -> Tensor:
     return torch.linalg.qr(torch.cat([given, drawn]).t()).Q.t().contiguous()[: min(matrix.shape)]
 
 
-def _beyond(rows: Float[Tensor, "c in"], space: Float[Tensor, "d in"], nothing: float) -> Float[Tensor, "b in"]:
-    """Give orthonormal rows that span what some rows hold beyond a space; rows smaller than `nothing` are rounding.
+def _fresh(rest: Float[Tensor, "c in"], space: Float[Tensor, "d in"], nothing: float) -> Float[Tensor, "b in"]:
+    """Give orthonormal rows that span what is left of some rows beside a space; what is smaller than `nothing` is rounding.
 
-    What is left of a row after the space and the rows before it may be rounding too, which points back into the space: hence twice.
+    No direction above that may be lost: Lanczos never comes back to it. Where rows depend on each other, what one adds to those
+    before it can be largely rounding, which points back into the space; then it is made orthogonal again.
     """
-    sizes = rows.norm(dim=1)
-    rows = rows[sizes > nothing] / sizes[sizes > nothing, None]
-    for dependent in (1e-3, 0.5):
+    sizes = rest.norm(dim=1)
+    rows, sizes = (rest / sizes[:, None])[sizes > nothing], sizes[sizes > nothing]
+    Q, R = torch.linalg.qr(rows.t())
+    added = R.diagonal().abs()
+    if len(rows) and float(added.min()) < 0.1:
+        # A row that adds nothing is dropped before the others are taken apart, or its rounding takes a direction from them.
+        Q = torch.linalg.qr(rows[added * sizes > nothing].t()).Q
         for _ in range(2):
-            rows = rows - (rows @ space.t()) @ space
-        Q, R = torch.linalg.qr(rows.t())
-        rows = Q.t()[R.diagonal().abs() > dependent].contiguous()
-    return rows[: max(space.shape[1] - len(space), 0)]
+            Q = torch.linalg.qr(Q - space.t() @ (space @ Q)).Q
+    return Q.t()[: max(space.shape[1] - len(space), 0)].contiguous()
 
 
 def _refined(matrix: Matrix, rows: Float[Tensor, "c in"]) -> Triplets:
@@ -233,7 +239,10 @@ class _Subspace:
 
     def expand(self, rest: Tensor) -> bool:
         """Add what residuals hold beyond the basis; False if that is nothing, or there is no room."""
-        rows = _beyond(rest, self.basis[: self.size], 0.0)
+        space = self.basis[: self.size]
+        for _ in range(2):
+            rest = rest - (rest @ space.t()) @ space
+        rows = _fresh(rest, space, ROUNDING * float(self.values[0]))
         if not len(rows) or self.size + len(rows) > len(self.basis):
             return False
         self.grow(rows, self.matrix.times(rows))
