@@ -158,12 +158,14 @@ def certified(base: Path, delta: Path, epsilon: float) -> dict[tuple[str, int], 
     return found
 
 
-def compare(base: Path, arm: str, delta: Path) -> list[dict[str, Any]]:
+def compare(base: Path, arm: str, delta: Path, heads: Path) -> list[dict[str, Any]]:
     """Count what each way says on every matrix, and the matrices on which it differs from the oracle."""
     rows = []
     for epsilon in EPSILONS:
-        busy, _, found = timed(lambda epsilon=epsilon: spectra(str(base), str(delta), epsilon=epsilon))
-        slow, _, oracle = timed(lambda epsilon=epsilon: spectra(str(base), str(delta), epsilon=epsilon, exact=True))
+        busy, _, found = timed(lambda epsilon=epsilon: spectra(str(base), str(delta), epsilon=epsilon, cache=heads))
+        slow, _, oracle = timed(
+            lambda epsilon=epsilon: spectra(str(base), str(delta), epsilon=epsilon, exact=True, cache=heads)
+        )
         problems = found.matrices[found.matrices.problem != ""]
         truth = verdicts(oracle)
         row: dict[str, Any] = {"arm": arm, "epsilon": epsilon, "matrices": len(found.matrices), "vectors": len(truth)}
@@ -206,16 +208,17 @@ def main() -> None:
     record = Record("encoder", steps=asked.steps, k=VECTORS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(asked.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         if "minilm" in asked.bases and encoder is not None:
             for arm in ENCODER_ARMS:
                 delta = folder / arm.replace(", ", "-").replace(" ", "-")
                 told = once(delta, lambda arm=arm, delta=delta: teach_encoder(encoder, arm, asked.steps, delta))
-                for row in compare(encoder, arm, delta):
+                for row in compare(encoder, arm, delta, folder / "heads"):
                     record.add(base="minilm", **row, training=told)
         if "stories3M" in asked.bases:
             for arm in STORIES_ARMS:
                 delta, told = teach_stories(arm, asked.steps // 2, folder)
-                for row in compare(ASSETS / "models/stories3M", arm, delta):
+                for row in compare(ASSETS / "models/stories3M", arm, delta, folder / "heads"):
                     record.add(base="stories3M", **row, training=told)
 
 

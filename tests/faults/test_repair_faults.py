@@ -69,7 +69,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"target": ["pocket:calc"], "source": ["pocket:calc?items=40"]},
         ("on both sides", "calc"),
     ),
-    "an unknown suite": ({"source": ["pocket:sorce"]}, ("pocket:source",)),
+    "an unknown suite": ({"source": ["pocket:sources"]}, ("did you mean pocket:source?",)),
     "a text that is not there": ({"source": [], "source_text": "none.jsonl"}, ("none.jsonl",)),
     "training rows as the target's text": (
         {"target": [], "target_text": "pocket:calc"},

@@ -247,13 +247,15 @@ def test_a_quantised_base_is_dequantised_and_said_so(world: Path, tmp_path: Path
 
 
 def test_a_folder_of_something_else_is_left_alone(world: Path, tmp_path: Path) -> None:
-    run, notes = tmp_path / "run", tmp_path / "notes"
-    for folder, file in ((run, "spec.yaml"), (notes, "note.txt")):
+    run, notes, both = (tmp_path / name for name in ("run", "notes", "both"))
+    for folder, files in ((run, ["spec.yaml"]), (notes, ["note.txt"]), (both, ["metrics.jsonl", "spectra.json"])):
         folder.mkdir()
-        (folder / file).write_text("mine")
+        for file in files:
+            (folder / file).write_text("mine")
         with pytest.raises(FolderError, match="no spectra") as error:
             look(world, world / "lora", out=folder)
-        assert str(folder) in str(error.value.where) and [path.name for path in folder.iterdir()] == [file]
+        assert str(folder) in str(error.value.where)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(files, "mine")
 
 
 def test_a_folder_of_spectra_is_written_anew(world: Path, tmp_path: Path) -> None:

@@ -22,11 +22,14 @@ from loralab.training.checkpoint import read_checkpoint
 from tiny import tiny
 
 SHORT = {
-    "train__steps": 4,
-    "checkpoints__every": 2,
-    "checkpoints__keep_last": 9,
-    "probes__every": 4,
-    "probes__tokens": 64,
+    **{"train__steps": 4, "checkpoints__every": 2, "checkpoints__keep_last": 9, "checkpoints__keep_best": False},
+    **{
+        "probes__every": 4,
+        "probes__tokens": 64,
+        "probes__samples": 0,
+        "probes__drift": False,
+        "probes__spectra": False,
+    },
 }
 PATTERNS = {"method__rank_pattern": '{"q_proj": 2}', "method__alpha_pattern": '{"v_proj": 3.0, "q_proj": 5.0}'}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,9 +61,9 @@ def peft_spec(world: Path, folder: Path, keys: str, tuner: str = "LORA") -> RunS
     return read(str(own), overrides(world, **SHORT))
 
 
-def method_at(chosen: RunSpec, run: Path, step: int) -> Method:
-    """Make the model and let its method go on from a checkpoint."""
-    method = prepare(chosen).method
+def method_at(chosen: RunSpec, run: Path, step: int, method: Method | None = None) -> Method:
+    """Make the model, unless its method is given, and let the method go on from a checkpoint."""
+    method = method or prepare(chosen).method
     state = read_checkpoint(run / "checkpoints" / f"step-{step}")
     method.load_state(state.tensors["method"], state.facts["method"])
     return method
@@ -88,9 +91,9 @@ def test_the_delta_of_a_checkpoint_is_the_one_that_its_method_gives(world, tmp_p
     chosen = spec(world, kind)
     run = train(chosen, tmp_path).folder.path
     assert checkpoints_of(run) == [0, 2, 4]
-    weights = open_weights(str(world / "base"))
+    weights, method = open_weights(str(world / "base")), prepare(chosen).method
     for step in (2, 4):
-        method = method_at(chosen, run, step)
+        method_at(chosen, run, step, method)
         same(delta_at(run, step, weights), method.delta())
         links = links_at(run, step, weights)
         assert len(links) == len(method.links()) == (2 if kind == "cola" else 0)

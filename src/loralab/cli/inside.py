@@ -83,6 +83,7 @@ def repair(
     source: Annotated[str, typer.Option(help="Tasks to be kept.")] = "",
     target_text: Annotated[str | None, typer.Option("--target-text", help="Or a text to be learned.")] = None,
     source_text: Annotated[str | None, typer.Option("--source-text", help="Or a text to be kept.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Most tokens of each text.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Largest forgetting allowed: 0.02, or 50% of the delta's own.")
     ] = None,
@@ -145,6 +146,7 @@ def repair(
         out=out,
         seed=seed,
         limit=limit,
+        **({} if tokens is None else {"tokens": tokens}),
         data=assignments(data or []),
         **common,
     )

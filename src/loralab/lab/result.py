@@ -69,9 +69,9 @@ class Result:
     def intruders(self, *, every_step: bool = False) -> pd.DataFrame:
         """Give the leading left singular vectors of the tuned weights, a row each; with `every_step` at every evaluation.
 
-        Columns: delta (the run), step, layer, module, depth, position (from 1), value, relative_value (of the largest), cosine_low and
-        cosine_high (with that vector of the base that is most alike), intruder, route, gap, stable, similarity (with each of
-        the base's leading vectors).
+        Columns: delta (the run), step, layer, module, depth, position (from 1), value, relative_value (of the largest),
+        cosine_low and cosine_high (between them lies the largest |cos| with any left vector of the base), intruder, route,
+        gap, stable, similarity (|cos| with the base's leading left vectors).
 
         Raises:
             FolderError: the run did not look for them.

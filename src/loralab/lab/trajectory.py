@@ -115,7 +115,7 @@ def _tensors(point: Path) -> dict[str, Tensor]:
         fix = "take another checkpoint of the run"
         what = "this checkpoint file is missing, or has not the checksum it was written with"
         raise CheckpointError(what, where=str(point / METHOD), fix=fix)
-    return load(data)
+    return dict(sorted(load(data).items()))  # the library gives them in any order
 
 
 # Pairs
@@ -192,7 +192,7 @@ def _of_full(point: Path, weights: Weights) -> Delta:
     file, linears = point / METHOD, {f"{name}.weight": name for name in weights.linears()}
     try:
         with safe_open(file, "pt") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no dict
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in sorted(opened.keys())}
             whole = {key: opened.get_tensor(key) for key in shapes if key not in linears}
     except (OSError, SafetensorError) as error:
         fix = "take another checkpoint of the run"

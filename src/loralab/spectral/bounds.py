@@ -12,8 +12,9 @@ Legend: W₀ = Σ sᵢ xᵢ zᵢᵀ (out, in) the base, y a unit vector, cᵢ = 
    Cholesky factor of W₀ᵀW₀ that is made when the first vector needs it.
 
 Strict in exact arithmetic, the maximum of λ over all t included, if the head missed no value among its own (as sure as its random
-start of 16 vectors). Rounding of float32 is covered by margins of some ten times what was measured, not by proof. A vector is never
-found to be LIKE a direction outside the head, by a converged Ritz vector say: several base vectors might share it. It stays undecided.
+start of 16 vectors); of the head's residuals, what is of second order (1e-8) is left out. Rounding of float32 is covered by margins
+of ten times what was measured and more, not by proof. A vector is never found to be LIKE a direction outside the head, by a converged
+Ritz vector say, since several base vectors might share it: it stays undecided.
 """
 
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ from loralab.spectral.krylov import Triplets
 from loralab.spectral.products import Matrix
 
 ROUNDING = 5e-7
-"""Rounding of a float32 product with W, in units of s₁: added to each residual."""
+"""Rounding of a float32 product with W₀, in units of s₁: added to each residual."""
 
 HEAD_MARGIN = 2e-5
 """Added to bounds on cosines with the head."""
 
-BULK_MARGIN = 1e-3
-"""Added to bounds on all other cosines."""
+BULK_MARGIN = 1e-4
+"""Added to bounds on all other cosines: float32 steps moved them by 1e-7, and once by 2.5e-6."""
 
 CLEAR = 0.05
 """Largest sine between a computed and a true left vector for which the one stands for the other."""
@@ -224,9 +225,9 @@ class _Steps:
 def largest_share(a: Float[ndarray, " q+1"], b: Float[ndarray, " q"], target: float) -> float:
     """Bound the largest point mass of a measure from above, from the first Golub-Kahan coefficients of its start vector.
 
-    The polynomial K = Σⱼ pⱼ² has degree d = 2q. From N points of a Chebyshev grid its minimum over a cell follows: it misses the
-    range of the values seen by at most the factor 1 / cos(πd / 2N) about their middle (Ehlich & Zeller 1964). Cells are halved until
-    that bound is close. Beyond the zeros of p_q K only grows, so the cells between them are all there is.
+    The polynomial K = Σⱼ pⱼ², j ≤ q, has degree d = 2q. Between the N points of a Chebyshev grid it leaves the range seen at them by
+    at most the factor 1 / cos(πd / 2N) about its middle (Ehlich & Zeller 1964), so each cell has a proved minimum; cells are halved
+    until that is close to what was seen. Beyond the zeros of p_q, K only grows: the cells between them are all there is.
 
     Args:
         a: diagonal of the lower bidiagonal matrix, one more than steps.

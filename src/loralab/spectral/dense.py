@@ -57,7 +57,7 @@ class Gram(NamedTuple):
 
         Eigenvalues that rounding cannot part are one group: where q of them hold the mass M of a column together, its largest
         cosine with one of them lies between √(M/q) and √M, whatever the vectors are. A group that reaches 0 may hold no direction
-        at all, and of a tall matrix its left vectors are not known: all that is said is that it holds what the others leave.
+        at all, and of a tall matrix its left vectors are not known: all that is said of it is that it has what the others leave.
         """
         largest = float(self.eigenvalues[0])
         if not largest:

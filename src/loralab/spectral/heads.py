@@ -1,8 +1,8 @@
 """The head of a base weight: its leading triplets, converged, computed once and kept on disk for every delta of the base.
 
-A column that has not converged makes the bounds on all other cosines wrong; so a head ends before its first such column, and a
-matrix without any (a flat spectrum) has an empty one. Half precision would not do: a head is float32, 2.1 MB for a 4096 x 4096 weight
-of 67 MB.
+The bounds on all other cosines (`bounds.py`) hold for converged columns only; so a head ends before the first column that is not,
+and a matrix without any (a flat spectrum) has an empty head. Half precision would not do: heads are float32, 2.1 MB for a weight of
+4096 x 4096.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from loralab.spectral.krylov import Triplets, dense_triplets, lanczos
 from loralab.spectral.products import TINY, Matrix, energy_of
 
 SIZE = 64
-"""Columns of a head: enough that six to eight Golub-Kahan steps decide the rest, at 4096 x 4096 in about a second."""
+"""Columns of a head: enough for six to eight Golub-Kahan steps to decide the rest, and found in about a second at 4096 x 4096."""
 
 TOLERANCE = 1e-6
 """Residual that ends the iteration; the last columns have it, the first are at float32's rounding, 1e-7."""

@@ -3,8 +3,8 @@
 Legend: W₀ (out, in) the base weight, ΔW its change, W = W₀ + ΔW; uⱼ, sⱼ the left singular vectors and values of W; xᵢ those of W₀.
 
 Definition (Shuttleworth et al. 2024, 2410.21228v3, Def. 3.1): uⱼ, j ≤ k, is an intruder if max over ALL i of |uⱼ·xᵢ| < ε. What it
-leaves open, and how it is read here: a direction of W₀ of value 0 is arbitrary and no xᵢ; a direction of W of value 0 is no uⱼ, so no
-intruder; and a zero change makes no intruder, even where equal values leave the vectors free to turn.
+leaves open is read so: a direction of W₀ of value 0 is arbitrary and no xᵢ; a direction of W of value 0 is no uⱼ, hence no intruder;
+and a zero change makes no intruder, even where equal values leave the vectors free to turn.
 
 Three routes, each taking what the one before could not decide:
 - certified: leading triplets of W by Krylov steps, bounds on all cosines from a cached head of W₀ (`bounds.py`);
@@ -116,7 +116,7 @@ def intruders(
         dense_below: shorter side below which the dense route is taken at once.
 
     Raises:
-        DeltaError: weight and change are not two matrices of one shape, hold NaN or infinite values, or k or epsilon is out of range.
+        DeltaError: weight and change are not two matrices of one shape, or hold NaN or infinite values; k or epsilon is out of range.
     """
     if k < 1 or not 0 < epsilon <= 1:
         raise DeltaError(f"k must be at least 1 and epsilon lie in (0, 1], not {k} and {epsilon}")
@@ -148,6 +148,8 @@ class _Search:
         self.triplets: Triplets | None = None
         """k leading triplets of W, and one more where there is one."""
         self.base_left: Tensor | None = None
+        self.is_arbitrary = np.zeros(k, bool)
+        """Where the dense route could not decide: values of W or W₀ are too near each other for float64 as well."""
 
     @property
     def undecided(self) -> list[int]:
@@ -196,6 +198,7 @@ class _Search:
         if self.undecided:
             self.triplets = Gram.of(self.tuned.double()).triplets(self.k + 1)
             self._compare(base)
+        self.is_arbitrary[self.undecided] = True
 
     def _compare(self, base: Gram) -> None:
         assert self.triplets is not None
@@ -218,9 +221,12 @@ class _Search:
 
     def leave_unchanged(self, route: str) -> None:
         """Say of a zero change that each vector is a base vector."""
-        found = self.head if self.head is not None and len(self.head) > self.k else None
-        self.triplets = found if found is not None else dense_triplets(self.tuned.weight, self.k + 1)
-        self.base_left = self.triplets.left if self.head is None else self.head.left
+        if self.head is None and route == "certified":
+            self.head = head_of(self.tuned.weight)
+        is_enough = self.head is not None and len(self.head) > self.k and route != "exact"
+        self.triplets = self.head if is_enough else dense_triplets(self.tuned.weight, max(self.k + 1, SIZE))
+        assert self.triplets is not None
+        self.base_left = self.triplets.left[:, :SIZE]
         self.lower[:], self.routes = 1.0, [route] * self.k
 
     def _is_converged(self, found: Triplets) -> bool:
@@ -259,7 +265,7 @@ class _Search:
         verdicts = (self.upper < self.epsilon) & ~is_nothing
         room = np.where(verdicts, self.epsilon - self.upper, self.lower - self.epsilon)
         wobble = np.maximum(triplets.residuals.cpu().numpy(), NOISE) / np.maximum(gaps, 1e-300)
-        stable = (room > wobble) & ~is_nothing if not self.tuned.is_unchanged else np.ones(self.k, bool)
+        stable = (room > wobble) & ~is_nothing & ~self.is_arbitrary | self.tuned.is_unchanged
         base_left = self.head.left if self.head is not None else self.base_left
         assert base_left is not None
         similarity = (base_left.double().t() @ triplets.left.double()).abs().clamp_max(1)

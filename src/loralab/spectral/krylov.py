@@ -1,15 +1,15 @@
 """Leading singular triplets from products with thin blocks, by Krylov subspaces of WᵀW.
 
-Legend: W (out, in), s its singular values, θ = s² the eigenvalues of WᵀW; p the columns of a base head. Bases are rows.
+Legend: W (out, in), s its singular values, θ = s² the eigenvalues of WᵀW. Vectors are kept as rows, see `products.py`.
 
 Both ways project WᵀW on a growing subspace and take the leading Ritz pairs (Rayleigh-Ritz). `lanczos` knows nothing of W and
-starts at random: block Lanczos with full reorthogonalisation (Golub & Underwood 1977). `Davidson` is for W₀ + a thin change, when
+starts at random: block Lanczos with full reorthogonalisation (Golub & Underwood 1977). `Davidson` is for W₀ + a thin change where
 the head of W₀ is known: the subspace begins with the head's right vectors, whose images are known, and the change's, and grows
-by the residuals Wᵀu − s v of the pairs that are wanted (Davidson 1975, unpreconditioned).
+by the residuals Wᵀu − s v of the pairs that are wanted (Davidson 1975, without a preconditioner).
 
-What is sure: a residual r certifies a singular value of W within r·s₁ of s, and a left vector within r·s₁/gap. What is not proved:
-that no larger value was missed. A random start of 16 vectors misses one with probability zero; `Davidson` pursues every pair that
-its residual could still lift above the k-th.
+What is sure: a residual r means a singular value of W within r·s₁ of s, and a left vector within r·s₁/gap of the true one. What is
+not proved: that no larger value was missed. A random start of a whole block misses one with probability zero; `Davidson` pursues
+every pair that its residual could still lift above the k-th, and gives up where those are many.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,10 @@ from torch import Tensor
 from loralab.spectral.products import Matrix, Tuned
 
 BLOCK = 16
-"""Rows of a Lanczos block: fewer waste the pass over W, more converge later (512 dimensions at 16, over 800 at 48)."""
+"""Rows of a Lanczos block: fewer waste the pass over W, more converge later (512 dimensions with 16, over 800 with 48)."""
+
+DRAWN = 6
+"""Random rows of a Lanczos block at least, whatever start is handed in."""
 
 ROUNDING = 2e-7
 """Rounding of float32 products, in units of s₁ (with W) or s₁² (with WᵀW)."""
@@ -70,16 +73,15 @@ def lanczos(
         matrix: W (out, in).
         size: how many.
         tolerance: the residual at which a triplet counts as converged; 1e-6 is about what float32 can reach.
-        start: right vectors thought to be near the wanted ones; the block is filled up with at least 6 random ones.
-        most: dimensions at which the subspace stops growing, 200 + 8 · size unless told.
+        start: right vectors thought to be near the wanted ones; random ones join them.
+        most: dimensions at which the subspace stops growing, 200 + 10 · size unless told.
         seed: of the random start; the global generator is not touched.
     """
-    width = matrix.shape[1]
-    most = min(most or 200 + 8 * size, *matrix.shape)
+    most = min(most or 200 + 10 * size, *matrix.shape)
     block = _start(matrix, start, seed)
-    basis = block.new_empty(most + len(block), width)
-    projected = block.new_zeros(most + len(block), most + len(block))
-    dimensions, checked = 0, 0
+    basis = block.new_empty(most + len(block), matrix.shape[1])
+    projected = block.new_empty(len(basis), len(basis))
+    dimensions, checked = 0, max(4 * size - 48, size)
     while True:
         known, dimensions = dimensions, dimensions + len(block)
         basis[known:dimensions] = block
@@ -92,7 +94,7 @@ def lanczos(
         rest -= (rest @ space.t()) @ space
         block = _fresh(rest, space, ROUNDING * float(overlap.abs().max()))
         is_last = dimensions >= most or not len(block)
-        if is_last or (dimensions >= size + 2 * BLOCK and dimensions >= checked + max(48, dimensions // 8)):
+        if is_last or dimensions >= checked + 48:
             checked = dimensions
             theta, P = torch.linalg.eigh(projected[:dimensions, :dimensions].double())
             theta, P = theta.flip(0)[:size].clamp_min(0), P.flip(1)[:, :size]
@@ -106,11 +108,11 @@ def lanczos(
 def _start(matrix: Matrix, start: Tensor | None, seed: int) -> Tensor:
     """Give orthonormal rows in the row space of W: those handed in and random ones behind them."""
     given = matrix.dense.new_empty(0, matrix.shape[1]) if start is None else start
-    count = min(max(BLOCK - len(given), 6), min(matrix.shape))
+    count = max(BLOCK - len(given), DRAWN)
     noise = torch.randn(count, matrix.shape[0], generator=torch.Generator().manual_seed(seed))
     drawn = matrix.transposed(noise.to(matrix.dense))
-    # Rows of a zero or rank-deficient W vanish or depend on each other; QR fills up with other directions.
-    return torch.linalg.qr(torch.cat([given, drawn]).t()).Q.t().contiguous()[: min(matrix.shape)]
+    # Rows may vanish or depend on each other where W has a small rank: QR then fills up with other directions, which do no harm.
+    return torch.linalg.qr(torch.cat([given, drawn])[: min(matrix.shape)].t()).Q.t().contiguous()
 
 
 def _fresh(rest: Float[Tensor, "c in"], space: Float[Tensor, "d in"], nothing: float) -> Float[Tensor, "b in"]:
@@ -162,53 +164,62 @@ class Davidson:
     """
 
     ROUNDS = 24
+    """Rounds in which `reach` gives up; four or five are usual."""
 
     @torch.no_grad()
     def __init__(self, tuned: Tuned, head: Triplets, k: int) -> None:
         thin = tuned.thin
         assert thin is not None
         assert len(head) > k
-        self.k, self.floor = k, float(head.values[-1]) ** 2
-        V, U, s0 = head.right.t(), head.left.t(), head.values.to(tuned.base)
+        self.k, self.beyond = k, float(head.values[-1]) ** 2
+        V, image = head.right.t(), head.values.to(tuned.base)[:, None] * head.left.t()
         self.subspace = _Subspace(tuned.matrix, len(head) + len(thin.values) + (k + PURSUED) * self.ROUNDS)
         # The head's images cost no pass: W v = s u + ΔW v.
-        self.subspace.grow(V, torch.addmm(s0[:, None] * U, V @ thin.source.t(), thin.reach))
+        self.subspace.grow(V, torch.addmm(image, V @ thin.source.t(), thin.reach))
         inside = thin.source @ V.t()
         outside = thin.source - inside @ V
         again = outside @ V.t()
         outside -= again @ V
-        # The rows kept are orthonormal mixtures T of `outside`; their images are the same mixtures of images that are known.
+        # What the change's right vectors add to the head: orthonormal mixtures of them, and as mixtures of known images their own.
+        # Directions that lie in the head but for a tenth are left out, the residuals bring them if they are needed.
         size, mix = torch.linalg.eigh(outside.double() @ outside.double().t())
         T = (mix[:, size > 1e-2] / size[size > 1e-2].sqrt()).t().to(V)
         rows = T @ outside
-        pushed = T @ (tuned.pushed - (inside + again) @ (s0[:, None] * U))
+        pushed = T @ (tuned.pushed - (inside + again) @ image)
         self.subspace.grow(rows, torch.addmm(pushed, rows @ thin.source.t(), thin.reach))
 
     @torch.no_grad()
     def reach(self, tolerance: float) -> Triplets:
-        """Go on until the residuals of all k lie below the tolerance, or no further; they say so."""
+        """Go on until the residuals of all k lie below the tolerance, or no further; they tell."""
         k, looked_at = self.k, self.k + PURSUED
         for _ in range(self.ROUNDS):
             triplets, rest = self.subspace.leading(looked_at)
-            if len(triplets) < min(k, *self.subspace.matrix.shape):
+            if len(triplets) < k:
                 break
-            theta, residuals = triplets.values.square(), triplets.residuals
-            # A pair behind the k-th rises by |WᵀW v − θ v|² / (θ_k − ‖W₀‖² beyond the head) at most.
-            pull = (residuals * triplets.values[0] * triplets.values).square()
-            pull /= max(float(theta[k - 1]) - self.floor, 1e-3 * float(theta[k - 1]))
-            wanted = residuals > tolerance
-            wanted[k:] = (residuals[k:] > 1e-3) & (torch.arange(k, len(theta), device=theta.device) < k + PURSUED)
-            wanted[k:] |= pull[k:] > 0.1 * (theta[k - 1] - theta[k:])
-            near = int((self.subspace.values.square() > theta[k - 1] - pull.max()).sum())
-            looked_at = max(near, k + PURSUED)
+            wanted, near = self._pursued(triplets, tolerance)
             if near > 4 * k + PURSUED:  # the k do not stand out: only a random start can tell that none is missed
                 break
             if not bool(wanted.any()) and near <= len(triplets):
                 break
-            wanted[:k] |= residuals[:k] > 0.3 * tolerance
+            wanted[:k] |= triplets.residuals[:k] > 0.3 * tolerance
+            looked_at = max(near, k + PURSUED)
             if not self.subspace.expand(rest[wanted]):
                 break
         return triplets.first(k + 1)
+
+    def _pursued(self, triplets: Triplets, tolerance: float) -> tuple[Tensor, int]:
+        """Mark the pairs that need more steps, and count the leading pairs that have to be looked at.
+
+        A pair behind the k-th with θ' can rise by ‖WᵀW v − θ' v‖² / (θ_k − ‖W‖² outside the subspace) at most. It is pursued until
+        that is a tenth of its distance to the k-th. Pairs that were not looked at are taken to rise as far as the farthest that was.
+        """
+        k, theta, residuals = self.k, triplets.values.square(), triplets.residuals
+        outside = max(float(theta[k - 1]) - self.beyond, 1e-3 * float(theta[k - 1]))
+        rise = (residuals * triplets.values[0] * triplets.values).square() / outside
+        wanted = residuals > tolerance
+        wanted[k:] = rise[k:] > 0.1 * (theta[k - 1] - theta[k:])
+        wanted[k : k + PURSUED] |= residuals[k : k + PURSUED] > 1e-3
+        return wanted, int((self.subspace.values.square() > theta[k - 1] - rise.max()).sum())
 
 
 class _Subspace:
@@ -224,6 +235,7 @@ class _Subspace:
         self.values = matrix.dense.new_zeros(0, dtype=torch.float64)
 
     def grow(self, rows: Tensor, image: Tensor) -> None:
+        """Add rows that are orthonormal, and to the basis, with their images."""
         old, new = self.size, self.size + len(rows)
         self.basis[old:new], self.image[old:new], self.exact[old:new] = rows, image, image.double()
         overlap = self.exact[:new] @ self.exact[old:new].t()
@@ -232,6 +244,7 @@ class _Subspace:
         self.size = new
 
     def leading(self, count: int) -> tuple[Triplets, Tensor]:
+        """Give leading Ritz triplets, and their residuals Wᵀu − s v as rows."""
         theta, P = torch.linalg.eigh(self.projected[: self.size, : self.size])
         self.values = theta.flip(0).clamp_min(0).sqrt()
         P = P.flip(1)[:, :count].t().to(self.basis)
