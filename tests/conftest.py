@@ -29,6 +29,7 @@ os.environ |= {  # before torch, transformers and datasets are imported: they re
     "HF_DATASETS_OFFLINE": "1",
     "HF_HOME": CACHE,
     "HF_DATASETS_CACHE": str(Path(CACHE, "datasets")),
+    "LORALAB_CACHE": str(Path(CACHE, "loralab")),
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }

@@ -85,12 +85,12 @@ def load(
     kind = choose_dtype(dtype, place)
     _refuse_quantize(quantize, place)
     folder, commit = find(path, revision, weights=not random_init, code=trust_remote_code)
-    settings = _settings(folder, trust_remote_code)
+    settings = read_settings(folder, trust_remote_code)
     if attention_dropout is not None:
         _set_attention_dropout(settings, attention_dropout, path)
     tokenizer = _tokenizer(folder, trust_remote_code, need_tokenizer)
     if random_init:
-        model = _draw_model(folder, settings, kind, trust_remote_code).to(place)
+        model = draw_model(folder, settings, kind, trust_remote_code).to(place)
         mark = fingerprint(sorted(model.state_dict().items()))
     else:
         mark = fingerprint(_stored(folder))
@@ -160,7 +160,7 @@ def _refuse_quantize(quantize: str | None, device: torch.device) -> None:
         )
 
 
-def _settings(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_settings(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read config.json as Transformers' settings of a family that it knows, or that brings its own code."""
     facts = read_facts(folder)
     family = facts.get("model_type")
@@ -226,7 +226,8 @@ def _auto_class(settings: PreTrainedConfig) -> Any:
     return AutoModelForMaskedLM if masked else AutoModelForCausalLM
 
 
-def _draw_model(folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def draw_model(folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Make a model of its settings, its weights drawn. Raises ModelError where Transformers cannot."""
     try:
         return _auto_class(settings).from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, RuntimeError) as error:  # no such task for this family; sizes that do not go together

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from loralab.base.hub import find, read_facts, weight_files
-from loralab.base.model import _draw_model, _settings, fingerprint
+from loralab.base.model import draw_model, fingerprint, read_settings
 from loralab.base.targets import in_out, linears, weight_of
 from loralab.errors import ModelError
 
@@ -81,7 +81,7 @@ def open_weights(path: str, *, revision: str | None = None, trust_remote_code: b
         ModelError: there is no such model, it holds no weights that may be read, or its family is unknown.
     """
     folder, _ = find(path, revision, code=trust_remote_code)
-    skeleton = _skeleton(folder, _settings(folder, trust_remote_code), trust_remote_code)
+    skeleton = _skeleton(folder, read_settings(folder, trust_remote_code), trust_remote_code)
     return FileWeights(path, folder, skeleton, trust_remote_code=trust_remote_code)
 
 
@@ -257,7 +257,7 @@ def _skeleton(folder: Path, settings: PreTrainedConfig, trust_remote_code: bool)
                 found = named[0](settings)
             else:
                 with suppress(ModelError):
-                    found = _draw_model(folder, settings, torch.float32, trust_remote_code)
+                    found = draw_model(folder, settings, torch.float32, trust_remote_code)
             if found is None:  # a family that is no language model
                 found = AutoModel.from_config(settings, trust_remote_code=trust_remote_code)
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:

@@ -118,11 +118,20 @@ def repair(
         "dtype": dtype,
         "device": device,
     }
-    common |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    common |= {"told": _progress(as_json)}
+    common |= {"revision": revision, "trust_remote_code": trust_remote_code, "told": _progress(as_json)}
     if sweep == (edit is not None):
         fix = 'write --edit "top1 0.75" --out FOLDER, or --sweep --target TASKS --source TASKS'
         raise EvaluationError("either one edit is made, or many are measured", where="--edit, --sweep", fix=fix)
+    measured: dict[str, Any] = {
+        "--target": target,
+        "--source": source,
+        "--target-text": target_text,
+        "--source-text": source_text,
+    }
+    measured |= {"--edits": edits, "--budget": budget, "--tokens": tokens, "--limit": limit, "--data": data}
+    if edit is not None and any(measured.values()):
+        idle = ", ".join(name for name, value in measured.items() if value)
+        raise EvaluationError("one edit is saved without measuring", where=idle, fix="leave it out, or say --sweep")
     if edit is not None:
         if out is None:
             raise EvaluationError("the repaired delta has no place", where="--out", fix="name a new folder")
@@ -134,6 +143,8 @@ def repair(
             screen.print(line, markup=False, soft_wrap=True)
         screen.print(f"wrote {out}", markup=False, soft_wrap=True)
         return
+    if tokens is not None:
+        common["tokens"] = tokens
     found = run_sweep(
         base,
         delta,
@@ -146,7 +157,6 @@ def repair(
         out=out,
         seed=seed,
         limit=limit,
-        **({} if tokens is None else {"tokens": tokens}),
         data=assignments(data or []),
         **common,
     )

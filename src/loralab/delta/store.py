@@ -144,7 +144,11 @@ def load_lowrank(folder: Path) -> Delta:
     for name, pair in factors.items():
         if set(pair) != {"A", "B"}:
             raise DeltaError("the adapter holds only one factor of this layer", where=f"{folder / WEIGHTS}: {name}")
-        layers[name] = LowRank(pair["A"], pair["B"], _scale(name, pair["A"].shape[0], facts))
+        (rank, _), (_, columns) = pair["A"].shape, pair["B"].shape
+        if rank != columns:
+            fix = "copy or train the adapter again"
+            raise DeltaError(f"A has {rank} rows, B {columns} columns", where=f"{folder / WEIGHTS}: {name}", fix=fix)
+        layers[name] = LowRank(pair["A"], pair["B"], _scale(name, rank, facts))
     ours = _read_json(folder / OURS) if (folder / OURS).is_file() else {}
     return Delta(layers, whole, ours.get("base_fingerprint"), frozenset(embeddings))
 
