@@ -136,7 +136,7 @@ def _given(delta: Delta, name: str, wanted: tuple[int, int]) -> LayerDelta:
     change = delta[name]
     if problem := _misfit(change.shape, wanted):
         raise DeltaError(problem, where=name, fix=USE_ITS_BASE)
-    return change
+    return change if isinstance(change, LowRank) else Dense(change.weight)  # formed once, where it was not yet
 
 
 def _moved(value: Tensor, weights: Weights, layer: str) -> Dense:

@@ -132,7 +132,7 @@ def _links(method: Lora, point: Path, weights: Weights) -> list[Delta]:
             whole[key] = tensor
     links, mark, linears = [], _fingerprint(point), set(weights.linears())
     for _, link in sorted(factors.items()):
-        pairs = {n: LowRank(f["A"], f["B"], method._scale(n, f["A"].shape[0])) for n, f in link.items()}
+        pairs = {n: LowRank(f["A"], f["B"], method.scale_of(n, f["A"].shape[0])) for n, f in link.items()}
         _refuse_misfits({name: pair.shape for name, pair in pairs.items()}, weights, point)
         layers: dict[str, LayerDelta] = {name: pairs[name] for name in weights.layers() if name in pairs}
         embeddings = frozenset(name for name in layers if name not in linears and _is_turned(name, weights))

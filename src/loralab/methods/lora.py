@@ -103,11 +103,12 @@ class Lora(OneStage):
         generator = torch.Generator().manual_seed(_seed_of(self._seed, path, link))
         A = initial_factor(rank, into, self.init, generator)
         device = next(layer.base.parameters()).device
-        pair = Pair(A.to(device), torch.zeros(out, rank, device=device), self._scale(path, rank))
+        pair = Pair(A.to(device), torch.zeros(out, rank, device=device), self.scale_of(path, rank))
         pair.A.requires_grad_(self.train == "both")
         return pair
 
-    def _scale(self, path: str, rank: int) -> float:
+    def scale_of(self, path: str, rank: int) -> float:
+        """Give the number that B A is multiplied by in a layer of this rank."""
         alpha = next((a for pattern, a in self.alpha_pattern.items() if pattern_matches(pattern, path)), None)
         alpha, rank = (self.alpha, self.alpha_rank) if alpha is None else (alpha, rank)
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)

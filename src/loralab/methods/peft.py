@@ -151,11 +151,14 @@ class Peft(OneStage):
                 continue
             held = weight.detach().clone()
             before = self._before.get(f"{name}.weight", held).to(held.device)
-            layer.merge(adapter_names=[ADAPTER])
-            moved = weight.detach().float() - before.float()
-            layer.unmerge()
-            with torch.no_grad():
-                weight.copy_(held)
+            try:
+                layer.merge(adapter_names=[ADAPTER])
+                moved = weight.detach().float() - before.float()
+            finally:
+                if layer.merged:
+                    layer.unmerge()
+                with torch.no_grad():
+                    weight.copy_(held)
             transposed = isinstance(inner, Conv1D | nn.Embedding)
             layers[name] = Dense(moved.t() if transposed else moved)
             if isinstance(inner, nn.Embedding):

@@ -2,7 +2,7 @@
 
     <root>/<name>-<hash8>/
       spec.yaml  status.json  environment.json  metrics.jsonl  scores.jsonl  items.parquet  samples.jsonl  spectra.parquet
-      delta/  links/  checkpoints/step-N/
+      intruders.parquet  delta/  links/  checkpoints/step-N/
 
 Files are written whole (temporary file, fsync, rename) or appended a line at a time. One process writes a folder at a
 time: its `.lock` names the owner, and the file's modification time is the owner's heartbeat.

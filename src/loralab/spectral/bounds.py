@@ -13,8 +13,8 @@ Legend: W₀ = Σ sᵢ xᵢ zᵢᵀ (out, in) the base, y a unit vector, cᵢ = 
 
 Strict in exact arithmetic, the maximum of λ over all t included, if the head missed no value among its own (as sure as its random
 start of 16 vectors); of the head's residuals, what is of second order (1e-8) is left out. Rounding of float32 is covered by margins
-of ten times what was measured and more, not by proof. A vector is never found to be LIKE a direction outside the head, by a converged
-Ritz vector say, since several base vectors might share it: it stays undecided.
+of ten times what was measured and more, not by proof. A vector is never found to be LIKE a direction outside the head, by a
+converged Ritz vector say, since several base vectors might share it: it stays undecided.
 """
 
 from dataclasses import dataclass
@@ -225,9 +225,9 @@ class _Steps:
 def largest_share(a: Float[ndarray, " q+1"], b: Float[ndarray, " q"], target: float) -> float:
     """Bound the largest point mass of a measure from above, from the first Golub-Kahan coefficients of its start vector.
 
-    The polynomial K = Σⱼ pⱼ², j ≤ q, has degree d = 2q. Between the N points of a Chebyshev grid it leaves the range seen at them by
-    at most the factor 1 / cos(πd / 2N) about its middle (Ehlich & Zeller 1964), so each cell has a proved minimum; cells are halved
-    until that is close to what was seen. Beyond the zeros of p_q, K only grows: the cells between them are all there is.
+    The polynomial K = Σⱼ pⱼ², j ≤ q, has degree d = 2q. Between the N points of a Chebyshev grid it leaves the range seen at them
+    by at most the factor 1 / cos(πd / 2N) about its middle (Ehlich & Zeller 1964), so each cell has a proved minimum; cells are
+    halved until that is close to what was seen. Beyond the zeros of p_q, K only grows: the cells between them are all there is.
 
     Args:
         a: diagonal of the lower bidiagonal matrix, one more than steps.

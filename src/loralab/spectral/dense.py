@@ -71,10 +71,9 @@ class Gram(NamedTuple):
         if not len(starts):
             return np.zeros(left.shape[1]), np.ones(left.shape[1])
         one = self.vectors[:, : ends[-1]]
+        inner = one.t() @ (self.matrix.t() @ left if self.is_tall else left)
         if self.is_tall:
-            inner = one.t() @ (self.matrix.t() @ left) / self.eigenvalues[: ends[-1]].sqrt()[:, None]
-        else:
-            inner = one.t() @ left
+            inner /= self.eigenvalues[: ends[-1]].sqrt()[:, None]
         masses = np.add.reduceat(inner.square().cpu().numpy(), starts, axis=0)
         behind = apart[ends - 1].clip(max=1.0)
         error = EIGENVECTOR / np.minimum(behind, np.append(1.0, behind[:-1]))[:, None]

@@ -3,8 +3,8 @@
 Legend: W₀ (out, in) the base weight, ΔW its change, W = W₀ + ΔW; uⱼ, sⱼ the left singular vectors and values of W; xᵢ those of W₀.
 
 Definition (Shuttleworth et al. 2024, 2410.21228v3, Def. 3.1): uⱼ, j ≤ k, is an intruder if max over ALL i of |uⱼ·xᵢ| < ε. What it
-leaves open is read so: a direction of W₀ of value 0 is arbitrary and no xᵢ; a direction of W of value 0 is no uⱼ, hence no intruder;
-and a zero change makes no intruder, even where equal values leave the vectors free to turn.
+leaves open is read so: a direction of W₀ of value 0 is arbitrary and no xᵢ; a direction of W of value 0 is no uⱼ, hence no
+intruder; and a zero change makes no intruder, even where equal values leave the vectors free to turn.
 
 Three routes, each taking what the one before could not decide:
 - certified: leading triplets of W by Krylov steps, bounds on all cosines from a cached head of W₀ (`bounds.py`);
@@ -116,7 +116,8 @@ def intruders(
         dense_below: shorter side below which the dense route is taken at once.
 
     Raises:
-        DeltaError: weight and change are not two matrices of one shape, or hold NaN or infinite values; k or epsilon is out of range.
+        DeltaError: weight and change are not two matrices of one shape, or hold NaN or infinite values; k or epsilon is out of
+            range.
     """
     if k < 1 or not 0 < epsilon <= 1:
         raise DeltaError(f"k must be at least 1 and epsilon lie in (0, 1], not {k} and {epsilon}")
@@ -150,6 +151,11 @@ class _Search:
         self.base_left: Tensor | None = None
         self.is_arbitrary = np.zeros(k, bool)
         """Where the dense route could not decide: values of W or W₀ are too near each other for float64 as well."""
+
+    @property
+    def _nothing(self) -> float:
+        """Share of the largest singular value at which float64 takes another one for 0."""
+        return max(self.tuned.base.shape) * float(np.finfo(np.float64).eps)
 
     @property
     def undecided(self) -> list[int]:
@@ -212,7 +218,7 @@ class _Search:
         X, s0, _ = torch.linalg.svd(self.tuned.weight.double(), full_matrices=False)
         self.base_left = X[:, :SIZE]
         self.triplets = dense_triplets(self.tuned.double(), self.k + 1)
-        directions = X[:, s0 > s0[0] * max(self.tuned.base.shape) * torch.finfo(s0.dtype).eps]
+        directions = X[:, s0 > s0[0] * self._nothing]
         cosines = (directions.t() @ self.triplets.left[:, : self.k]).abs()
         largest = torch.cat([cosines, cosines.new_zeros(1, self.k)]).amax(0).clamp_max(1).cpu().numpy()
         for j in self.undecided:
@@ -259,15 +265,16 @@ class _Search:
         assert self.triplets is not None
         triplets, gaps = self.triplets.first(self.k), self._gaps()
         values = triplets.values.cpu().numpy()
-        is_nothing = values <= values[0] * max(self.tuned.base.shape) * np.finfo(values.dtype).eps
+        is_nothing = values <= values[0] * self._nothing
         if not self.tuned.is_unchanged:
             self.lower[is_nothing], self.upper[is_nothing] = 0.0, 1.0
         verdicts = (self.upper < self.epsilon) & ~is_nothing
         room = np.where(verdicts, self.epsilon - self.upper, self.lower - self.epsilon)
-        wobble = np.maximum(triplets.residuals.cpu().numpy(), NOISE) / np.maximum(gaps, 1e-300)
-        stable = (room > wobble) & ~is_nothing & ~self.is_arbitrary | self.tuned.is_unchanged
-        base_left = self.head.left if self.head is not None else self.base_left
-        assert base_left is not None
+        # Intervals of float32 triplets have room for the noise already.
+        noise = NOISE if triplets.left.dtype == torch.float64 else 0.0
+        stable = (room > noise / np.maximum(gaps, 1e-300)) & ~is_nothing & ~self.is_arbitrary | self.tuned.is_unchanged
+        base_left = self.head.left if self.head is not None and len(self.head) else self.base_left
+        base_left = triplets.left[:, :0] if base_left is None else base_left
         similarity = (base_left.double().t() @ triplets.left.double()).abs().clamp_max(1)
         return Intruders(
             triplets,

@@ -211,7 +211,7 @@ class Davidson:
         """Mark the pairs that need more steps, and count the leading pairs that have to be looked at.
 
         A pair behind the k-th with θ' can rise by ‖WᵀW v − θ' v‖² / (θ_k − ‖W‖² outside the subspace) at most. It is pursued until
-        that is a tenth of its distance to the k-th. Pairs that were not looked at are taken to rise as far as the farthest that was.
+        that is a tenth of its distance to the k-th. Pairs that were not looked at are taken to rise as far as any that was.
         """
         k, theta, residuals = self.k, triplets.values.square(), triplets.residuals
         outside = max(float(theta[k - 1]) - self.beyond, 1e-3 * float(theta[k - 1]))
