@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,19 +30,20 @@ def timed(work: Callable[[], T]) -> tuple[float, float, T]:
 
 
 def peak_mib() -> float:
-    """Give the largest resident size that this process has had, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    """Give the largest resident size of this process, in MiB."""
+    try:  # getrusage would count what the parent held when it began this process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def resident_mib() -> float:
     """Forget the largest resident size so far, where the system can (Linux), and give the size from which it grows now."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_mib()
-    return pages * resource.getpagesize() / 2**20
+    return peak_mib()
 
 
 def child(script: str, *asked: str, **variables: str) -> dict[str, Any]:

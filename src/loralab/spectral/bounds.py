@@ -213,7 +213,7 @@ class _Steps:
         self.b.append(b)
         self.a.append(torch.where(b > 0, size.double() / b.clamp_min(1e-30), 0.0))
 
-    def coefficients(self, i: int) -> tuple[Float[ndarray, " q+1"], Float[ndarray, " q"]]:
+    def coefficients(self, i: int) -> tuple[Float[ndarray, " q1"], Float[ndarray, " q"]]:
         """Give a and b of one vector."""
         return torch.stack(self.a)[:, i].cpu().numpy(), torch.stack(self.b)[:, i].cpu().numpy()
 
@@ -222,12 +222,13 @@ class _Steps:
         self.v, self.a, self.b = ([part[rows] for part in parts] for parts in (self.v, self.a, self.b))
 
 
-def largest_share(a: Float[ndarray, " q+1"], b: Float[ndarray, " q"], target: float) -> float:
+def largest_share(a: Float[ndarray, " q1"], b: Float[ndarray, " q"], target: float) -> float:
     """Bound the largest point mass of a measure from above, from the first Golub-Kahan coefficients of its start vector.
 
     The polynomial K = Σⱼ pⱼ², j ≤ q, has degree d = 2q. Between the N points of a Chebyshev grid it leaves the range seen at them
     by at most the factor 1 / cos(πd / 2N) about its middle (Ehlich & Zeller 1964), so each cell has a proved minimum; cells are
-    halved until that is close to what was seen. Beyond the zeros of p_q, K only grows: the cells between them are all there is.
+    halved until that is close to what was seen. Beyond the last zero of p_q, K only grows, and so does t K: the cells between 0 and
+    the last zero of both are all there is.
 
     Args:
         a: diagonal of the lower bidiagonal matrix, one more than steps.
@@ -241,8 +242,7 @@ def largest_share(a: Float[ndarray, " q+1"], b: Float[ndarray, " q"], target: fl
     a, b = a / scale**0.5, b / scale**0.5
     left = a[:q] ** 2 + np.append(0.0, b[:-1]) ** 2, a[:q] * b
     right = a[:q] ** 2 + b**2, a[1:] * b
-    zeros = _zeros(*left)
-    edges = np.unique(np.clip(np.append(zeros, _zeros(*right)), max(zeros[0], 0.0), zeros[-1]))
+    edges = np.unique(np.concatenate([[0.0], _zeros(*left), _zeros(*right)]).clip(0.0))
     low, high = edges[:-1], edges[1:]
     count = 8 * q
     grid = (1 - np.cos(np.pi * (np.arange(count) + 0.5) / count)) / 2
@@ -289,4 +289,4 @@ def _has_stalled(shares: list[float], target: float) -> bool:
 
     Giving up early costs a decomposition, never a verdict.
     """
-    return len(shares) > 4 and shares[-1] > 1.2 * target and shares[-1] > 0.9 * shares[-5]
+    return len(shares) > 4 and shares[-1] > max(1.2 * float(target), 0.9 * shares[-5])

@@ -94,7 +94,7 @@ def lanczos(
         rest -= (rest @ space.t()) @ space
         block = _fresh(rest, space, ROUNDING * float(overlap.abs().max()))
         is_last = dimensions >= most or not len(block)
-        if is_last or dimensions >= checked + 48:
+        if is_last or dimensions >= checked + max(48, dimensions // 8):
             checked = dimensions
             theta, P = torch.linalg.eigh(projected[:dimensions, :dimensions].double())
             theta, P = theta.flip(0)[:size].clamp_min(0), P.flip(1)[:, :size]

@@ -107,6 +107,8 @@ class Tuned:
         if isinstance(change, LowRank) and not math.isfinite(change.scale):
             raise DeltaError(f"the scale of the change is {change.scale}")
         self._may_be_zero = 0.0 in energies or (isinstance(change, LowRank) and not change.scale)
+        if isinstance(change, LowRank):
+            energies.append(energies[0] * energies[1] * change.scale * change.scale)
         self.is_ordinary = all(energy == 0 or TINY < energy < 1 / TINY for energy in [self.base_energy, *energies])
 
     @cached_property
