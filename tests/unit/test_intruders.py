@@ -303,3 +303,25 @@ def test_weights_whose_squares_leave_float32(size: float) -> None:
     scaled = LowRank(change.A, change.B * size, 1.0)
     found = intruders(base.weight * size, scaled, k=5, dense_below=2)
     assert found.verdicts == intruders(base.weight, change, k=5).verdicts and 0 in found.indices
+
+
+@pytest.mark.parametrize("shape", [(160, 120), (120, 160), (140, 140)])
+@pytest.mark.parametrize("seed", range(3))
+def test_base_values_that_float32_cannot_tell_apart_are_left_to_a_decomposition(
+    shape: tuple[int, int], seed: int
+) -> None:
+    """Of two equal values any rotation of their vectors is a base vector to float32: their joint mass must not be divided."""
+    out, into = shape
+    short = min(shape)
+    generator = torch.Generator().manual_seed(seed)
+    X, Z = (torch.linalg.qr(torch.randn(n, short, generator=generator, dtype=torch.float64)).Q for n in (out, into))
+    values = torch.arange(short).div(2, rounding_mode="floor").add(1).double() ** -0.7
+    weight = ((X * values) @ Z.t()).float()
+    for rank in (4, 16):
+        size = 2.5 * float(torch.rand(1, generator=generator)) / out**0.5
+        A = torch.randn(rank, into, generator=generator) / into**0.5
+        change = LowRank(A, torch.randn(out, rank, generator=generator) * size, 1.0)
+        truth, found = intruders(weight, change, exact=True), intruders(weight, change, dense_below=1)
+        assert found.verdicts == truth.verdicts
+        assert (found.lower <= truth.upper + 1e-5).all() and (truth.lower <= found.upper + 1e-5).all()
+        assert (found.lower <= found.upper).all()

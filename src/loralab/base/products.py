@@ -28,7 +28,7 @@ class OneDNN(TorchFunctionMode):
 def _can(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Say whether oneDNN takes these: plain float32 in the CPU's memory, no gradient wanted."""
     parts = (x, weight) if bias is None else (x, weight, bias)
-    return (
+    return bool(
         not torch.is_grad_enabled()
         and all(type(part) in (Tensor, nn.Parameter) for part in parts)
         and all(part.dtype is torch.float32 and part.device.type == "cpu" for part in parts)

@@ -47,6 +47,9 @@ FIRST, MOST = 4, 40
 SPREAD = 1.05
 """How far the proved maximum of λ may lie above the largest value seen."""
 
+APART = 1000
+"""How much farther apart than rounding moves them the zeros must lie: closer ones divide a mass that float32 cannot divide."""
+
 FLOOR = 4e-7
 """Smallest eigenvalue of W₀ᵀW₀ / s₁² that float32 products tell from zero."""
 
@@ -129,8 +132,9 @@ class Bounds:
             kept = []
             for i, row in enumerate(live):
                 a, b = steps.coefficients(i)
-                shares[row].append(largest_share(a, b, share[row]))
-                found[row] = min(found[row], size[row] * shares[row][-1] ** 0.5 + BULK_MARGIN)
+                shares[row].append(largest_share(a, b, share[row], ROUNDING * self.top))
+                if shares[row][-1] <= share[row]:  # above the target it is a mass seen, and bounds nothing
+                    found[row] = min(found[row], size[row] * shares[row][-1] ** 0.5 + BULK_MARGIN)
                 if found[row] >= target[row] and not _has_stalled(shares[row], share[row]):
                     kept.append(i)
             if not kept:
@@ -222,7 +226,7 @@ class _Steps:
         self.v, self.a, self.b = ([part[rows] for part in parts] for parts in (self.v, self.a, self.b))
 
 
-def largest_share(a: Float[ndarray, " q1"], b: Float[ndarray, " q"], target: float) -> float:
+def largest_share(a: Float[ndarray, " q1"], b: Float[ndarray, " q"], target: float, noise: float = 0.0) -> float:
     """Bound the largest point mass of a measure from above, from the first Golub-Kahan coefficients of its start vector.
 
     The polynomial K = Σⱼ pⱼ², j ≤ q, has degree d = 2q. Between the N points of a Chebyshev grid it leaves the range seen at them
@@ -234,6 +238,8 @@ def largest_share(a: Float[ndarray, " q1"], b: Float[ndarray, " q"], target: flo
         a: diagonal of the lower bidiagonal matrix, one more than steps.
         b: subdiagonal.
         target: give up, with a mass seen that is no bound, as soon as one above this is seen.
+        noise: how far rounding may move a singular value. Base vectors of values nearer than that are any rotation of each other to
+            float32, so their masses must stay one: where the polynomials begin to tell them apart there is no bound, which is 1.
     """
     q = len(b)
     if not (a.all() and b.all()):  # the Krylov space is exhausted: nothing more to learn
@@ -242,7 +248,11 @@ def largest_share(a: Float[ndarray, " q1"], b: Float[ndarray, " q"], target: flo
     a, b = a / scale**0.5, b / scale**0.5
     left = a[:q] ** 2 + np.append(0.0, b[:-1]) ** 2, a[:q] * b
     right = a[:q] ** 2 + b**2, a[1:] * b
-    edges = np.unique(np.concatenate([[0.0], _zeros(*left), _zeros(*right)]).clip(0.0))
+    zeros = _zeros(*left), _zeros(*right)
+    reach = 2 * APART * noise / scale**0.5
+    if any((np.diff(each) < reach * np.sqrt(each[1:].clip(0))).any() for each in zeros):
+        return 1.0
+    edges = np.unique(np.concatenate([[0.0], *zeros]).clip(0.0))
     low, high = edges[:-1], edges[1:]
     count = 8 * q
     grid = (1 - np.cos(np.pi * (np.arange(count) + 0.5) / count)) / 2
