@@ -1,8 +1,8 @@
 """Intruders of one matrix: LoRA Lab's certified route against two dense decompositions, and its repair against PEFT's.
 
 One process, one thread; contenders take turns, and medians of processor seconds are compared. The weights have a known spectrum
-(`llm`: heavy head over a broad bulk; `flat`: nearly no head, the worst case), the changes are pairs of which many vectors
-lie near the threshold.
+(`llm`: heavy head over a broad bulk; `flat`: nearly no head, the worst case); the changes are pairs, new ones in every round,
+that make many vectors of the tuned weight lie near the threshold. One that lies on it takes the dense route: `routes` tells.
 
 - two SVDs: the published definition, `torch.linalg.svd` in float32 of the base and of the tuned weight, all cosines of the first
   k vectors. The base is decomposed once a round and its time counts for every rank; `over_one_svd` is what is left if a dense
@@ -23,16 +23,16 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from _measured import Record, child, median, peak_mib, resident_mib, timed
-from _synthetic import known, pair
+from _synthetic import Known, known, pair
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ from loralab.spectral.repair import Edit, edited, sharpened
 LAYER = "linear"
 KEPT = 0.75
 """What is left of an intruder after repair; PEFT's own default."""
+
+STRENGTH = 0.6
+"""s₁ of a change over s₁ of its base."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,68 +117,73 @@ class Peft:
         return said
 
 
-def case_of(size: int, kind: str, rank: int, folder: Path) -> Case:
-    base = known(size, size, kind, seed=size)
-    return Case(base.weight, pair(base, rank, strength=0.6, seed=size + rank), folder / f"heads-{rank}")
+def case_of(base: Known, rank: int, draw: int, folder: Path) -> Case:
+    return Case(base.weight, pair(base, rank, STRENGTH, seed=base.shape[0] + rank + 1000 * draw), folder / "heads")
+
+
+class Taken:
+    """What one rank took, a value for each round and contender, and what came out."""
+
+    def __init__(self) -> None:
+        self.busy: dict[str, list[float]] = defaultdict(list)
+        self.wall: dict[str, list[float]] = defaultdict(list)
+        self.found: list[dict[str, Any]] = []
+
+    def take(self, name: str, work: Callable[[], T], before: tuple[float, float] = (0.0, 0.0)) -> T:
+        """Time one call, with the seconds that something shared took before it."""
+        busy, wall, result = timed(work)
+        self.busy[name].append(busy + before[0])
+        self.wall[name].append(wall + before[1])
+        return result
+
+    def row(self) -> dict[str, Any]:
+        """Give medians, the processor seconds of every round, and our advantage."""
+        spent = {name: median(values) for name, values in self.busy.items()}
+        ours = {name: spent[name] for name in ("cold", "warm", "in memory")}
+        row: dict[str, Any] = {"cpu_s": spent, "wall_s": {name: median(values) for name, values in self.wall.items()}}
+        row["over_two_svds"] = {name: round(spent["two svds"] / s, 2) for name, s in ours.items()}
+        row["over_one_svd"] = {name: round(spent["one svd"] / s, 2) for name, s in ours.items() if name != "cold"}
+        if "peft" in spent:
+            row["over_peft"] = {name: round(spent["peft"] / (s + spent["repair"]), 2) for name, s in ours.items()}
+        row["cpu_s_each"] = {name: [round(s, 3) for s in values] for name, values in self.busy.items()}
+        return row | {key: [found[key] for found in self.found] for key in self.found[0]}
 
 
 def compare(size: int, kind: str, ranks: list[int], rounds: int, peft: bool, folder: Path) -> list[dict[str, Any]]:
-    """Let all contenders take turns on one base and a pair of each rank."""
-    cases = {rank: case_of(size, kind, rank, folder) for rank in ranks}
-    weight = next(iter(cases.values())).weight
-    times: dict[tuple[int, str], list[float]] = defaultdict(list)
-    walls: dict[tuple[int, str], list[float]] = defaultdict(list)
-    results: dict[tuple[int, str], Any] = {}
-
-    def take(rank: int, name: str, work: Callable[[], Any], before: tuple[float, float] = (0.0, 0.0)) -> Any:
-        busy, wall, results[rank, name] = timed(work)
-        times[rank, name].append(busy + before[0])
-        walls[rank, name].append(wall + before[1])
-        return results[rank, name]
-
-    for _ in range(rounds):
-        busy, wall, base_left = timed(lambda: torch.linalg.svd(weight, full_matrices=False).U)
-        for rank, case in cases.items():
-            take(rank, "cold", case.cold)
-            take(rank, "warm", case.warm)
-            head = HeadCache(case.heads).of(weight)
-            found = take(rank, "in memory", lambda case=case, head=head: intruders(weight, case.change, head=head))
-            take(rank, "two svds", lambda case=case, left=base_left: case.two_svds(left), (busy, wall))
-            times[rank, "one svd"].append(times[rank, "two svds"][-1] - busy)
+    """Let all contenders take turns on one base, with new pairs in every round."""
+    base = known(size, size, kind, seed=size)
+    taken = {rank: Taken() for rank in ranks}
+    for draw in range(rounds):
+        busy, wall, left = timed(lambda: torch.linalg.svd(base.weight, full_matrices=False).U)
+        for rank, clock in taken.items():
+            case = case_of(base, rank, draw, folder)
+            clock.take("cold", case.cold)
+            found = clock.take("warm", case.warm)
+            head = HeadCache(case.heads).of(case.weight)
+            clock.take("in memory", lambda case=case, head=head: intruders(case.weight, case.change, head=head))
+            dense = clock.take("two svds", lambda case=case, left=left: case.two_svds(left), (busy, wall))
+            clock.busy["one svd"].append(clock.busy["two svds"][-1] - busy)
+            clock.found.append(agreement(found, dense[3]))
             if peft:
-                take(rank, "repair", lambda case=case, found=found: case.repaired(found))
+                mine = clock.take("repair", lambda case=case, found=found: case.repaired(found))
                 theirs = Peft(case)
-                take(rank, "peft", lambda theirs=theirs: (theirs.reduced(), theirs))
+                said = clock.take("peft", theirs.reduced)
+                clock.found[-1] |= repairs(case, mine, said, theirs, dense)
+    contenders = ["cold", "warm", "two svds", *(["repair", "peft"] if peft else [])]
     rows = []
-    for rank, case in cases.items():
-        spent = {name: median(values) for (r, name), values in times.items() if r == rank}
-        wall_of = {name: median(values) for (r, name), values in walls.items() if r == rank}
-        row = {"size": size, "kind": kind, "rank": rank, "rounds": rounds, "cpu_s": spent, "wall_s": wall_of}
-        row |= ratios(spent) | agreement(results[rank, "warm"], results[rank, "two svds"][3])
-        row["peak_mib"] = memory(case, folder, ["cold", "warm", "two svds", *(["repair", "peft"] if peft else [])])
-        if peft:
-            row |= repairs(case, results[rank, "repair"], *results[rank, "peft"], results[rank, "two svds"])
-        rows.append(row)
+    for rank, clock in taken.items():
+        row = {"size": size, "kind": kind, "rank": rank, "rounds": rounds, **clock.row()}
+        rows.append(row | {"peak_mib": memory(case_of(base, rank, rounds - 1, folder), folder, contenders)})
     return rows
-
-
-def ratios(spent: dict[str, float]) -> dict[str, Any]:
-    """Divide the peers' processor seconds by ours."""
-    ours = {"cold": spent["cold"], "warm": spent["warm"], "in memory": spent["in memory"]}
-    found: dict[str, Any] = {"over_two_svds": {name: round(spent["two svds"] / s, 2) for name, s in ours.items()}}
-    found["over_one_svd"] = {name: round(spent["one svd"] / s, 2) for name, s in ours.items() if name != "cold"}
-    if "peft" in spent:
-        found["over_peft"] = {name: round(spent["peft"] / (s + spent["repair"]), 2) for name, s in ours.items()}
-    return found
 
 
 def agreement(found: Intruders, cosines: Tensor) -> dict[str, Any]:
     theirs = (cosines < EPSILON).tolist()
     return {
         "intruders": sum(found.verdicts),
-        "same_verdicts": sum(a == b for a, b in zip(found.verdicts, theirs, strict=True)),
-        "of": len(theirs),
-        "routes": sorted(set(found.routes)),
+        "other_verdicts": sum(a != b for a, b in zip(found.verdicts, theirs, strict=True)),
+        "routes": dict(Counter(found.routes)),
+        "nearest_to_epsilon": round(float((cosines - EPSILON).abs().min()), 5),
     }
 
 
@@ -190,7 +200,8 @@ def repairs(case: Case, ours: Delta, said: list[str], theirs: Peft, dense: tuple
     return {
         "peft_intruders": next((int(line.rpartition(" ")[2]) for line in said if ": Intruders:" in line), 0),
         "rank_after": mine.rank if isinstance(mine, LowRank) else None,
-        "off": {"loralab": off(mine.dense()), "peft": off(theirs.layer.get_delta_weight("less").detach())},
+        "off_loralab": off(mine.dense()),
+        "off_peft": off(theirs.layer.get_delta_weight("less").detach()),
     }
 
 
@@ -208,7 +219,7 @@ def measure(name: str, folder: Path, heads: Path) -> None:
     weight, A, B = (torch.from_numpy(np.load(folder / f"{part}.npy")) for part in ("weight", "A", "B"))
     large = Case(weight, LowRank(A, B, 2.0), heads)
     with tempfile.TemporaryDirectory() as other:
-        small = case_of(1536, "llm", 16, Path(other))
+        small = case_of(known(1536, 1536, "llm", seed=0), 16, 0, Path(other))
         for case in (small, large):  # the small one first, so that libraries are loaded and their code is in memory
             peft = Peft(case) if name == "peft" else None
             before = resident_mib()
@@ -243,7 +254,7 @@ def main() -> None:
         for row in check(asked.verdicts):
             record.add(**row)
         return
-    record = Record("spectra", k=VECTORS, epsilon=EPSILON, repair=f"all {KEPT}")
+    record = Record("spectra", k=VECTORS, epsilon=EPSILON, repair=f"all {KEPT}", strength=STRENGTH)
     for kind in asked.kinds:
         for size in asked.sizes:
             with tempfile.TemporaryDirectory() as folder:

@@ -152,7 +152,7 @@ def repair(
         source=names(source),
         target_text=target_text,
         source_text=source_text,
-        edits=names(edits) if edits else None,
+        edits=None if edits is None else names(edits),
         budget=budget,
         out=out,
         seed=seed,

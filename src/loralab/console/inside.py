@@ -7,7 +7,7 @@ from rich.table import Table
 from loralab.console.screen import escaped, table
 
 MODULES = ("matrices", "rank90", "rank90_share", "effective_rank", "relative_norm", "intruders", "intruder_energy")
-HEADS = ("matrices", "rank 90 %", "of its rank", "effective rank", "‖ΔW‖/‖W₀‖", "intruders", "their energy")
+HEADS = ("matrices", "rank 90 %", "of its rank", "effective rank", "‖ΔW‖/‖W₀‖", "intruders", "their share of s²")
 
 
 def spectra_tables(found: Any) -> list[Table]:
@@ -33,6 +33,8 @@ def spectra_lines(found: Any) -> list[str]:
     rows = found.matrices
     for _, row in rows[rows["problem"] != ""].iterrows():
         lines.append(f"not measured: {row['layer']} of {row['delta']}: {row['problem']}")
+    for note, count in rows.loc[rows["note"] != "", "note"].value_counts().head(8).items():
+        lines.append(f"note on {count} matrices: {note}" if count > 1 else f"note on one matrix: {note}")
     lines += [f"note: {note}" for note in summary["facts"].get("notes", ())]
     if cost.get("seconds") is not None:
         routes = ", ".join(f"{count} {route}" for route, count in (cost.get("routes") or {}).items())

@@ -136,7 +136,9 @@ class Judge:
         excess_low, _ = self._intervals(excess, self._learning[:, chosen] - self._bars.reach()[:, None], "learning")
         rows = []
         for place, i in enumerate(chosen):
-            verdict = BEYOND if excess_low[place] > 0 else _word(low[place], high[place])
+            word = _word(low[place], high[place])
+            # What learns more than any scale and still forgets less is better than all of them.
+            verdict = BEYOND if excess_low[place] > 0 and word != BETTER else word
             row = {key: self.edits.at[i, key] for key in ("edit", "family", "strength")}
             row |= {"learning": self.learning[i], "forgetting": self.forgetting[i]}
             row |= {"scale_strength": float(self.bar.strength_at(self.learning[[i]])[0])}

@@ -1,6 +1,7 @@
 """Deltas by path: PEFT folders, run folders, and fully fine-tuned checkpoints."""
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -78,6 +79,6 @@ def names_of(paths: Sequence[str]) -> list[str]:
         folder = Path(path)
         name = (folder.parent if folder.name == "delta" else folder).resolve().name or path
         name = f"{name}'s delta" if name == "base" else name
-        copies = sum(other == name or other.startswith(f"{name} (") for other in names)
-        names.append(f"{name} ({copies + 1})" if copies else name)
+        free = (f"{name} ({copy})" if copy > 1 else name for copy in count(1))
+        names.append(next(one for one in free if one not in names))
     return names

@@ -117,15 +117,25 @@ class Measuring:
         self.rows.append(row)
 
     def measure_at(self, budget: Budget) -> None:
-        """Measure the scale at which the curve's lines reach the budget, so that the best within it is not far below."""
-        rows = self._finite()
-        target, source = self.sides.of(rows["view"].tolist())
-        bar = Judge(rows, target, source).bar
-        limit = budget.limit(float(points(rows, target, source).set_index("edit").at[str(WHOLE), "forgetting"]))
-        strength = bar.strength_of(limit)
-        if strength is not None and (wanted := self._unmeasured([strength])):
+        """Measure the scale at which the curve's lines reach the budget, so that the best within it is not far below.
+
+        The curve bends between two scales, so that the one measured may lie beyond the budget; then it is looked for anew.
+        """
+        tried: str | None = None
+        for _ in range(ROUNDS):
+            rows = self._finite()
+            target, source = self.sides.of(rows["view"].tolist())
+            forgotten = points(rows, target, source).set_index("edit")["forgetting"]
+            limit = budget.limit(float(forgotten.at[str(WHOLE)]))
+            if tried is not None and float(forgotten.at[tried]) <= limit:
+                break
+            strength = Judge(rows, target, source).bar.strength_of(limit)
+            wanted = [] if strength is None else self._unmeasured([strength])
+            if not wanted:
+                break
+            tried = str(Edit(SCALE, wanted[0]))
             self.refined += wanted
-            self.measure([Edit(SCALE, strength) for strength in wanted])
+            self.measure([Edit(SCALE, wanted[0])])
 
     def judged(self, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Compare what was measured, measuring further scales where an edit seems better than the line between two."""

@@ -190,8 +190,9 @@ def open_subject(base: str | Base, delta: str | Delta, *, light: bool = False, *
         if not set(read) - set(files.layers()):  # else its layers may go by other names than the base's
             _refuse_shapes(read, files)
             fit_delta(read, files, where=str(delta))
+            _refuse_infinite(read)
             return Subject(read, _kind(read), files, base, None, adapter)
-    loaded = load(base, **how) if isinstance(base, str) else base
+    loaded = load(base, **how, need_tokenizer=not light) if isinstance(base, str) else base
     if isinstance(delta, str):
         read = read_delta(delta, loaded)
     else:
@@ -201,7 +202,17 @@ def open_subject(base: str | Base, delta: str | Delta, *, light: bool = False, *
         read = _as_matrices(read, loaded)
     if not read.layers and not read.whole:
         raise DeltaError("this delta changes nothing", where=str(delta), fix="name a delta that was trained")
+    _refuse_infinite(read)
     return Subject(read, _kind(read), view(loaded), loaded.path, loaded, adapter)
+
+
+def _refuse_infinite(delta: Delta) -> None:
+    """Refuse a delta with NaN or infinite numbers before anything is measured on it, naming the first three matrices."""
+    tensors = {name: (c.A, c.B) if isinstance(c, LowRank) else (c.weight,) for name, c in delta.items()}
+    odd = [name for name, parts in tensors.items() if not all(bool(torch.isfinite(part).all()) for part in parts)]
+    if odd:
+        fix = "train it again, or take an earlier checkpoint"
+        raise DeltaError("the delta holds numbers that are not finite", where=", ".join(odd[:3]), fix=fix)
 
 
 def _refuse_shapes(delta: Delta, weights: Weights) -> None:

@@ -133,6 +133,8 @@ def sweep(
     plan.refuse_before_loading()
     allowed = None if budget is None else _budget(budget, plan)
     given = None if edits is None else [_edit(edit) for edit in edits]
+    if given == []:
+        raise EvaluationError("no edit is named", where="--edits", fix="name some, or leave it out for a sensible grid")
     path = None if out is None else claim_folder(out)
     place: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     subject = open_subject(base, delta, **place, trust_remote_code=trust_remote_code)

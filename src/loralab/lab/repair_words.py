@@ -98,6 +98,10 @@ def headline(repairs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
         return (
             f"Intruder repair forgets less than uniform scaling at equal learning: {gain} ({share}){_level(repairs)}."
         )
+    if all(finite(one["low"]) is None for one in repairs):
+        return "Too few items on one side: no intruder repair could be compared with uniform scaling."
+    if counts[BEYOND] == len(repairs):
+        return "Every intruder repair learns more than any scale, and none forgets less: none was compared at equal learning."
     nearest = min(repairs, key=lambda one: one["difference"])
     said = f"of {len(repairs)}, {' and '.join(rest)}" if len(repairs) > 1 else rest[0]
     difference = f"{nearest['edit']}, {signed(nearest['difference'])}{between(nearest['low'], nearest['high'])}"

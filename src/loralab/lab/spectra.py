@@ -157,7 +157,7 @@ def _totals(rows: pd.DataFrame) -> dict[str, Any]:
     }
     means = {name: good[name].mean() for name in ("rank90_share", "effective_rank", "stable_rank", "intruder_energy")}
     return {
-        "matrices": len(rows),
+        "matrices": len(good),
         "problems": len(rows) - len(good),
         "intruders": int(good["intruders"].sum()),
         "matrices_with_intruders": int((good["intruders"] > 0).sum()),
@@ -181,6 +181,17 @@ def refuse_folder(folder: str | Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def _refuse_other(folder: Path, base: str, deltas: Sequence[Any]) -> None:
+    """Refuse to write over the spectra of another base, or of other deltas."""
+    if not is_spectra(folder):
+        return
+    facts = read_json(folder / FACTS)
+    held = facts.get("deltas")
+    known = {told.get("path") for told in held.values()} if isinstance(held, dict) else set()
+    if facts.get("base") != base or not {str(delta) for delta in deltas if isinstance(delta, str | Path)} <= known:
+        raise FolderError("the folder holds other spectra", where=str(folder), fix="name a new folder")
+
+
 def is_spectra(path: str | Path) -> bool:
     """Tell whether a folder holds whole spectra."""
     return Path(path, FACTS).is_file()
@@ -198,7 +209,12 @@ def read_spectra(folder: str | Path) -> Spectra:
         raise FolderError(f"there are no spectra here: no {FACTS}", where=str(path), fix=fix)
     facts = read_json(path / FACTS)
     rows = facts.pop("rows", None)
-    if not isinstance(rows, dict) or not isinstance(facts.get("deltas"), dict) or not isinstance(facts.get("k"), int):
+    if (
+        not isinstance(rows, dict)
+        or not isinstance(facts.get("deltas"), dict)
+        or not isinstance(facts.get("k"), int)
+        or not isinstance(facts.get("epsilon"), int | float)
+    ):
         raise FolderError("the file does not say what was measured", where=str(path / FACTS), fix=AGAIN)
     tables = {name: _read_table(path / f"{name}.parquet", schema, rows.get(name)) for name, schema in TABLES.items()}
     return Spectra(tables["spectra"], tables["intruders"], tables["overlaps"], facts)
@@ -276,6 +292,7 @@ def spectra(
     question = Question(k, epsilon, exact)
     if out is not None:
         refuse_folder(out)
+        _refuse_other(Path(out), str(base) if isinstance(base, str | Path) else base.path, deltas)
     chosen: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "cache": cache}
     found = dissect(base, deltas, question, checkpoints=checkpoints, links=links, told=told, **chosen)
     if out is not None:

@@ -28,7 +28,7 @@ SCALE = "scale"
 REPAIRS = ("top1", "all")
 """Families that shrink intruders: one claim, judged together."""
 CONTROLS = {
-    "matched": "a uniform shrink of the same norm",
+    "matched": "a uniform scaling to the same norm",
     "neighbour": "the same shrink of a neighbour that is no intruder",
 }
 """Family that a repair of the same strength is compared with → what it is, for people."""
