@@ -78,4 +78,4 @@ def test_a_page_in_no_folder_is_refused(sweep, tmp_path, capsys):
 
 def test_a_report_of_nothing_shows_its_usage(capsys):
     assert loralab("report") == 2
-    assert "RUN|SWEEP" in capsys.readouterr().err
+    assert "FOLDER" in capsys.readouterr().err
