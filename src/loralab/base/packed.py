@@ -43,6 +43,7 @@ class _TiledRow:
         # Blocks that stay in a core's cache, measured; on an accelerator few launches matter more.
         block = 256 // q.element_size() if q.device.type == "cpu" else 512
         if rule.parents:
+            block = max(block, 128)  # trees are small and branch: fewer, larger tiles are faster, measured
             segments = rule.lengths, rule.parents, block
             self.tiles = tree_tiles(*segments)
             self.biases: Iterable[Tensor] = tree_biases(*segments, self.repeats, rule.window, q.dtype, q.device)
@@ -66,14 +67,15 @@ class _TiledRow:
         """Walk the tiles, each with its bias."""
         return zip(self.tiles, self.biases, strict=True)
 
-    def rows(self, x: Float[Tensor, "T H D"]) -> tuple[Float[Tensor, "G _ D"], ...]:
-        """Give the rows of x tile by tile, the heads of one key head below each other."""
-        grouped = x.unflatten(1, (self.groups, self.repeats)).transpose(0, 1).reshape(self.groups, -1, x.shape[2])
-        return grouped.split([(tile.stop - tile.start) * self.repeats for tile in self.tiles], 1)
+    def rows(self, x: Float[Tensor, "T H D"], tile: Tile) -> Float[Tensor, "G rows D"]:
+        """Take the tile's rows of x with the heads of one key head below each other."""
+        part = x[tile.start : tile.stop].unflatten(1, (self.groups, self.repeats))
+        return part.transpose(0, 1).reshape(self.groups, -1, x.shape[2])
 
-    def joined(self, rows: list[Float[Tensor, "G _ D"]]) -> Float[Tensor, "T H D"]:
-        """Put rows that `rows` took apart together again."""
-        return torch.cat(rows, 1).unflatten(1, (-1, self.repeats)).transpose(0, 1).reshape(self.q.shape)
+    def put(self, out: Float[Tensor, "T H D"], tile: Tile, rows: Float[Tensor, "G rows D"]) -> None:
+        """Write rows back to where `rows` took them."""
+        place = out[tile.start : tile.stop].unflatten(1, (self.groups, self.repeats))
+        place.copy_(rows.view(self.groups, -1, self.repeats, out.shape[2]).transpose(0, 1))
 
     def columns(self, x: Float[Tensor, "T G D"], tile: Tile) -> Float[Tensor, "G columns D"]:
         """Take the keys or values that the tile sees; a view of them where they lie side by side."""
@@ -88,11 +90,10 @@ class _TiledRow:
             total[first:last].transpose(0, 1).add_(columns[:, begin:end])
             begin = end
 
-    def probabilities(
-        self, rows: Float[Tensor, "G rows D"], tile: Tile, bias: Float[Tensor, "rows columns"]
-    ) -> tuple[Float[Tensor, "G rows columns"], Float[Tensor, "G rows columns"] | None]:
-        """Compute softmax(scores) of a tile's queries, and tanh of the scaled scores where they are capped."""
-        keys, scale, cap = self.columns(self.k, tile).transpose(1, 2), self.rule.scale, self.rule.softcap
+    def probabilities(self, tile: Tile, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute softmax(scores) (G, rows, columns), and tanh of the scaled scores where they are capped."""
+        rows, keys = self.rows(self.q, tile), self.columns(self.k, tile).transpose(1, 2)
+        scale, cap = self.rule.scale, self.rule.softcap
         if cap is None:
             return torch.softmax(torch.baddbmm(bias, rows, keys, alpha=scale), -1), None
         bent = torch.baddbmm(bias, rows, keys, beta=0, alpha=scale / cap).tanh_()
@@ -120,13 +121,13 @@ def _tiled_forward(
     seed: int,
 ) -> Tensor:
     row = _TiledRow(q, k, _Rule(tuple(lengths), tuple(parents), causal, window, scale, softcap, dropout, seed))
-    parts = []
-    for (tile, bias), q_rows in zip(row, row.rows(q), strict=True):
-        P, _ = row.probabilities(q_rows, tile, bias)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for tile, bias in row:
+        P, _ = row.probabilities(tile, bias)
         if (kept := row.kept(P)) is not None:
             P = P.mul_(kept)
-        parts.append(torch.bmm(P, row.columns(v, tile)))
-    return row.joined(parts)
+        row.put(out, tile, torch.bmm(P, row.columns(v, tile)))
+    return out
 
 
 # One opaque operator, so that selective recomputation keeps its output and torch.compile does not look inside.
@@ -158,13 +159,14 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, dO: Tensor) -> Any:
         q, k, v = ctx.saved_tensors
         row = _TiledRow(q, k, ctx.rule)
-        dq = []
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         # Keys are seen by several tiles: their gradients are summed in at least float32.
         wide = torch.promote_types(k.dtype, torch.float32)
         dk, dv = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
-        for (tile, bias), q_rows, dO_rows in zip(row, row.rows(q), row.rows(dO), strict=True):
-            P, bent = row.probabilities(q_rows, tile, bias)
+        for tile, bias in row:
+            P, bent = row.probabilities(tile, bias)
             kept = row.kept(P)
+            dO_rows = row.rows(dO, tile)
             dP = torch.bmm(dO_rows, row.columns(v, tile).transpose(1, 2))
             if kept is not None:
                 dP.mul_(kept)
@@ -172,9 +174,9 @@ class _TiledAttention(torch.autograd.Function):
             dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
             if bent is not None:
                 dS.mul_(bent.square_().neg_().add_(1))
-            dq.append(torch.bmm(dS, row.columns(k, tile)))
-            row.add(dk, tile, torch.bmm(dS.transpose(1, 2), q_rows))
-        return row.joined(dq).mul_(row.rule.scale), dk.mul_(row.rule.scale).to(k.dtype), dv.to(v.dtype), None
+            row.put(dq, tile, torch.bmm(dS, row.columns(k, tile)))
+            row.add(dk, tile, torch.bmm(dS.transpose(1, 2), row.rows(q, tile)))
+        return dq.mul_(row.rule.scale), dk.mul_(row.rule.scale).to(k.dtype), dv.to(v.dtype), None
 
 
 def document_attention(

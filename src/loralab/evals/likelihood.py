@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loralab.base.data import Batch, collate
-from loralab.base.products import OneDNN
 from loralab.base.text import Example
 from loralab.delta.several import View
 from loralab.errors import EvaluationError
@@ -28,11 +27,9 @@ from loralab.evals.prefixes import trees
 from loralab.evals.probe import measuring
 from loralab.training.loss import LanguageHead
 
-ROW_TOKENS = 4096
+ROW_TOKENS = 2048
 """Most tokens of a row; a single request may be longer."""
 
-EVEN_TOKENS = 512
-"""Rows are made smaller, so that each thread gets as many, but not smaller than this."""
 
 ROWS_AT_ONCE = 16
 """Rows that are read by one model before the next one reads them."""
@@ -131,12 +128,10 @@ class Prepared:
     def _tree_rows(self) -> list[_Row]:
         paths = [context + continuation[:-1] for context, continuation in self.unique]
         joints = [len(context) for context, _ in self.unique]
-        most = self.engine.row_tokens
-        laid = list(trees(paths, joints, most))
-        even = _even(sum(tree.num_tokens for _, tree in laid), most, threads_on(self.engine.head.model.device))
-        if even < most:
-            laid = list(trees(paths, joints, even))
-        return [self._row(numbers, tree.batch(), tree.rows()) for numbers, tree in laid]
+        rows = []
+        for numbers, tree in trees(paths, joints, self.engine.row_tokens):
+            rows.append(self._row(numbers, tree.batch(), tree.rows()))
+        return rows
 
     def _single_rows(self) -> list[_Row]:
         """Lay out each request alone, for models that cannot keep documents of a row apart."""
@@ -165,7 +160,6 @@ class Prepared:
         """Score each request in each view: views × requests. Raises EvaluationError for logits that are not numbers."""
         totals = np.zeros((len(views), len(self.unique)))
         misses = np.zeros((len(views), len(self.unique)))
-        keep_freed_memory()
         with measuring(self.engine.head.model), side_by_side_on(self.engine.head.model.device) as each:
             for start in range(0, len(self._rows), ROWS_AT_ONCE):
                 rows = self._rows[start : start + ROWS_AT_ONCE]
@@ -193,39 +187,17 @@ class Prepared:
         missed = torch.empty_like(log_p)
         order = torch.argsort(row.which, stable=True)
         begin = taken = 0
-        with OneDNN():
-            for logits in self.engine.head.logits_at(row.batch, row.places):
-                end = begin + len(logits)
-                mine = order[taken : taken + int(((row.which >= begin) & (row.which < end)).sum())]
-                line, target = row.which[mine] - begin, row.targets[mine]
-                best = logits[line, target] >= logits.amax(-1)[line]
-                # Of equal ones the first is taken, as in decoding; few are the likeliest, and only they are looked at.
-                best[best.clone()] = logits[line[best]].argmax(-1) == target[best]
-                missed[mine] = (~best).double()
-                log_p[mine] = torch.log_softmax(logits, -1)[line, target].double()
-                begin, taken = end, taken + len(mine)
+        for logits in self.engine.head.logits_at(row.batch, row.places):
+            end = begin + len(logits)
+            mine = order[taken : taken + int(((row.which >= begin) & (row.which < end)).sum())]
+            line, target = row.which[mine] - begin, row.targets[mine]
+            best = logits[line, target] >= logits.amax(-1)[line]
+            # Of equal ones the first is taken, as in decoding; few are the likeliest, and only they are looked at.
+            best[best.clone()] = logits[line[best]].argmax(-1) == target[best]
+            missed[mine] = (~best).double()
+            log_p[mine] = torch.log_softmax(logits, -1)[line, target].double()
+            begin, taken = end, taken + len(mine)
         return log_p.cpu().numpy(), missed.cpu().numpy()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, instead of giving it back to the system and fetching it anew in every layer.
-
-    glibc keeps twice the largest block that was freed so far, blocks of 32 MiB at most; this one is never written to.
-    """
-    torch.empty(31 << 18)  # freed at once
-
-
-def threads_on(device: torch.device) -> int:
-    """Count the rows that are worked on at once."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-def _even(tokens: int, most: int, threads: int) -> int:
-    """Give the size of rows of which each thread gets as many: none waits for another at the end."""
-    if threads == 1:
-        return most
-    rows = max(1, ceil(tokens / most / threads)) * threads
-    return min(most, max(EVEN_TOKENS, ceil(tokens / rows * 1.02)))  # rows end where a request does, a little early
 
 
 @contextmanager
@@ -234,7 +206,7 @@ def side_by_side_on(device: torch.device) -> Iterator[Callable[..., Iterable[Any
 
     Rows are independent and full, so that a thread for each leaves none waiting, as threads that share small products do.
     """
-    threads = threads_on(device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
         yield map
         return
