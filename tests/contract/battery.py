@@ -130,6 +130,9 @@ class NoWatch:
         if self.on_state is not None:
             self.on_state(step, state)
 
+    def is_enough(self) -> bool:
+        return False
+
     def stop_requested(self) -> bool:
         return False
 

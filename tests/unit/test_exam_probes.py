@@ -20,7 +20,7 @@ from loralab.lab.check import check
 from loralab.lab.evaluate import evaluate
 from loralab.lab.exam_probes import PROBED_ITEMS
 from loralab.lab.experiment import train
-from loralab.lab.prepare import prepare
+from loralab.lab.objectives import prepare
 from loralab.lab.result import Result
 from loralab.run.folder import read_json, read_lines
 from loralab.spec.recipes import read
@@ -257,7 +257,7 @@ def test_parts_are_read_side_by_side_and_skills_weigh_alike(world):
 
 def test_of_several_metrics_the_one_that_says_what_is_right_is_taken(world):
     prepared = prepare(spec(world, probes=[forgetting(world)]))
-    engine = TextEngine(prepared.head, prepared.base.tokenizer)
+    engine = TextEngine(prepared.objective.head, prepared.base.tokenizer)
     found = {probe.skill: probe for probe in prepared.data.exams["source"]}
     metrics = {name: ExamProbe("source", probe.exam, engine).metric for name, probe in found.items()}
     assert metrics == {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "winogrande": "acc"}

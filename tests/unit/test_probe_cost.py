@@ -10,7 +10,7 @@ from little_world import rows, write_rows
 from loralab.console.progress import cost_line
 from loralab.errors import Interrupted
 from loralab.lab.experiment import train
-from loralab.lab.prepare import prepare
+from loralab.lab.objectives import prepare
 from loralab.lab.result import Result
 from loralab.run.folder import read_lines
 from probe_world import StopAt, forgetting, make_probe_world, probed, spec

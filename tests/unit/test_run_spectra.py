@@ -18,7 +18,7 @@ from loralab.delta.layers import unwrapped
 from loralab.errors import FolderError, Interrupted
 from loralab.lab import run_spectra
 from loralab.lab.experiment import train
-from loralab.lab.prepare import prepare
+from loralab.lab.objectives import prepare
 from loralab.lab.result import Result
 from loralab.lab.run_spectra import Parts
 from loralab.lab.watch import Silent

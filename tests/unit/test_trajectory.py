@@ -13,7 +13,7 @@ from loralab.delta.lowrank import Delta, Dense, LowRank
 from loralab.delta.store import load_lowrank
 from loralab.errors import CheckpointError, DeltaError
 from loralab.lab.experiment import train
-from loralab.lab.prepare import prepare
+from loralab.lab.objectives import prepare
 from loralab.lab.trajectory import Unformed, checkpoints_of, delta_at, links_at, links_of
 from loralab.methods import Method
 from loralab.spec.recipes import read

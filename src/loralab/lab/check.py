@@ -10,7 +10,8 @@ from loralab.base.device import peak_bytes
 from loralab.base.model import Base
 from loralab.base.text import StopProof, pieces, prove_stop
 from loralab.lab.experiment import loop_of
-from loralab.lab.prepare import prepare
+from loralab.lab.objectives import prepare
+from loralab.lab.prepare import Data
 from loralab.methods.base import Attachment, Knot
 from loralab.spec.spec import RunSpec
 from loralab.training.checkpoint import State
@@ -77,8 +78,10 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         LoralabError: whatever is wrong with model, data or method.
     """
     prepared = prepare(spec)
-    base, corpus = prepared.base, prepared.data.train
+    base, data = prepared.base, prepared.data
     assert base.tokenizer is not None
+    assert isinstance(data, Data)
+    corpus = data.train
     sample = [corpus[i] for i in range(min(STOP_SAMPLE, len(corpus)))]
     before = peak_bytes()
     if measure:
@@ -91,7 +94,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         prove_stop(sample, base.tokenizer),
         estimate(spec, base, prepared.attachment),
         prepared.total_steps,
-        {f"{role} {one.skill}": one.facts for role, exams in prepared.data.exams.items() for one in exams},
+        {f"{role} {one.skill}": one.facts for role, exams in data.exams.items() for one in exams},
         peak_bytes() - before if measure else None,
     )
 
@@ -111,6 +114,9 @@ class _NoWatch:
     def on_warning(self, message: str, step: int) -> None: ...
 
     def save_if_due(self, step: int, state: Callable[[], State], *, now: bool = False) -> None: ...
+
+    def is_enough(self) -> bool:
+        return False
 
     def stop_requested(self) -> bool:
         return False
@@ -137,5 +143,5 @@ def estimate(spec: RunSpec, base: Base, attachment: Attachment) -> Memory:
         weights=weights,
         trained=16 * attachment.trained_parameters,
         activations=tokens * blocks * per_block * width,
-        logits=2 * 4 * spec.objective.chunk * shape.vocab_size,
+        logits=2 * 4 * getattr(spec.objective, "chunk", 0) * shape.vocab_size,
     )

@@ -9,7 +9,8 @@ from loralab.base.device import peak_bytes
 from loralab.base.targets import fused_weights
 from loralab.errors import Diverged, Interrupted, LoralabError
 from loralab.evals.probe import counting
-from loralab.lab.prepare import Prepared, prepare
+from loralab.lab.objectives import prepare
+from loralab.lab.prepare import Prepared
 from loralab.lab.result import Result, result_of, save_delta, write_items
 from loralab.lab.resume import resume, same_inputs_or_refuse
 from loralab.lab.run_spectra import SpectraProbe
@@ -19,9 +20,8 @@ from loralab.run.folder import RunFolder
 from loralab.run.trackers import mirrors
 from loralab.spec.recipes import dump
 from loralab.spec.spec import RunSpec
-from loralab.training.checkpoint import checkpoints
+from loralab.training.checkpoint import checkpoints, read_checkpoint
 from loralab.training.loop import Loop
-from loralab.training.objectives.text import TextObjective
 from loralab.training.optim import schedule, torch_optimizer
 
 
@@ -84,6 +84,8 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         keep_best=spec.checkpoints.keep_best,
         display=display,
         mirrors=mirrors(list(spec.trackers), folder.path, spec.folder_name, spec.model_dump(mode="json")),
+        best=prepared.best,
+        limits=prepared.limits,
         stop_requested=lambda: stop.requested,
     )
     goes_on = bool(checkpoints(folder.checkpoints))
@@ -119,8 +121,9 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
+    delta_step = _take_best(folder, prepared, watch.best_step) or loop.step
     save_delta(folder, prepared)
-    write_items(folder, watch.base_readings, watch.final_readings(loop.step))
+    write_items(folder, watch.base_readings, watch.final_readings(delta_step))
     if spec.probes.spectra:
         with counting(prepared.base.model, watch.cost):
             left_out = spectra.finish(loop.step)
@@ -129,13 +132,27 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
     folder.write_status(
         state="done",
         step=loop.step,
+        delta_step=delta_step,
         total_steps=loop.total_steps,
         tokens=loop.num_tokens,
         **watch.facts,
         peak_bytes=peak_bytes(),
-        end="all steps done" if loop.step == prepared.total_steps else "the chain ended early",
+        end=watch.end or ("all steps done" if loop.step == prepared.total_steps else "the chain ended early"),
     )
     return result_of(folder)
+
+
+def _take_best(folder: RunFolder, prepared: Prepared, best_step: int | None) -> int | None:
+    """Put back the weights of the best checkpoint where a score chooses it (P5: the one of best validation accuracy).
+
+    Returns:
+        Its step; None where the last weights stay: no score chooses, or a chain would have to lose links.
+    """
+    if prepared.best is None or best_step is None or prepared.method.links():
+        return None
+    state = read_checkpoint(folder.checkpoints / f"step-{best_step}")
+    prepared.method.load_state(state.tensors["method"], state.facts["method"])
+    return best_step
 
 
 def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -> Loop:
@@ -145,7 +162,7 @@ def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -
     return Loop(
         model=prepared.base.model,
         method=prepared.method,
-        objective=TextObjective(prepared.data.feed, prepared.head),
+        objective=prepared.objective,
         make_optimizer=torch_optimizer(**chosen),
         learning_rate=spec.optimizer.learning_rate,
         weight_decay=spec.optimizer.weight_decay,

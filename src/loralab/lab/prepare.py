@@ -1,10 +1,10 @@
-"""From a spec to the objects of a run: base, data, method, probes. Shared by `train` and `check`."""
+"""From the spec of a run on text to its objects: base, data, method, probes; and what other objectives share of that."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from loralab.errors import DataError, LoralabError, ModelError, SpecError
 from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.probe import Probe
 from loralab.evals.samples import Samples
+from loralab.evals.stats import Score
 from loralab.evals.tasks import Task
 from loralab.evals.texts import TextEngine
 from loralab.lab.exam_probes import exam_probes, look_for_exams
@@ -27,9 +28,12 @@ from loralab.lab.tasks import fingerprint, has_items, look_for, read_tasks
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.pocket import world
+from loralab.spec.objective import TextSpec
 from loralab.spec.spec import RunSpec, SourceSpec, TaskSpec, TemplateSpec
 from loralab.spec.training import InverseSqrtSpec
 from loralab.training.loss import LanguageHead
+from loralab.training.objectives import Objective
+from loralab.training.objectives.text import TextObjective
 from loralab.training.optim import steps_of
 from loralab.training.recompute import recompute_
 
@@ -37,9 +41,23 @@ STREAM_HEAD_ROWS = 4096
 """First rows of a stream: of these the validation rows are held out, and `check` shows examples."""
 
 
+class Inputs(Protocol):
+    """What a run reads."""
+
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """Name it by content."""
+        ...
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Count what became of every row."""
+        ...
+
+
 @dataclass(frozen=True)
 class Data:
-    """Tokenised data of a run; of a stream, `train` is what stands at its head."""
+    """Tokenised data of a run on text; of a stream, `train` is what stands at its head."""
 
     feed: Feed | StreamingFeed
     train: Corpus
@@ -67,33 +85,38 @@ class Data:
         return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
 
 
+Limits = Callable[[Sequence[Score]], str | None]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything a loop and its watch need."""
 
     base: Base
-    data: Data
+    data: Inputs
     method: Method
     attachment: Attachment
-    head: LanguageHead
+    objective: Objective
     probes: list[Probe]
     samples: Samples | None
     total_steps: int
+    best: tuple[str, bool] | None = None
+    """Score that chooses the best checkpoint, and whether higher is better; None takes the lowest validation loss."""
+    limits: Limits | None = None
+    """Tells after an evaluation why the run should end, if it should."""
 
 
-def prepare(spec: RunSpec) -> Prepared:
-    """Load, tokenise and attach.
+def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:
+    """Load, tokenise and attach for training on text.
 
     Raises:
         LoralabError: whatever is wrong with model, data or method.
     """
-    _refuse_missing_files(spec)
+    refuse_missing_files(spec)
     base = load_base(spec)
     data = read_data(spec, base)
-    method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
-    attachment = method.attach(base, spec.seed)
-    recompute_(base.model, spec.train.recompute)
-    head = LanguageHead(base.model, spec.objective.chunk)
+    method, attachment = attach(spec, base)
+    head = LanguageHead(base.model, objective.chunk)
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
     _refuse_short(spec, total)
@@ -101,10 +124,18 @@ def prepare(spec: RunSpec) -> Prepared:
     texts = text_probes(spec.probes, data.validation, data.general, head, method.without)
     probes: list[Probe] = [*texts, *task_probes(data.tasks, data.exams, head, base)]
     samples = kept_samples(spec.probes.samples, data.tasks, data.validation, head, base)
-    return Prepared(base, data, method, attachment, head, probes, samples, total)
+    return Prepared(base, data, method, attachment, TextObjective(data.feed, head), probes, samples, total)
 
 
-def _refuse_missing_files(spec: RunSpec) -> None:
+def attach(spec: RunSpec, base: Base) -> tuple[Method, Attachment]:
+    """Attach the method of a spec."""
+    method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
+    attachment = method.attach(base, spec.seed)
+    recompute_(base.model, spec.train.recompute)
+    return method, attachment
+
+
+def refuse_missing_files(spec: RunSpec) -> None:
     """Look for the base and every local file before anything is loaded, and report all that are missing.
 
     Of the pocket world, test items are no training data, and training rows no validation.

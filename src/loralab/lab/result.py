@@ -106,7 +106,7 @@ def result_of(folder: RunFolder) -> Result:
         score = Score(line["name"], line["value"], line["unit"], line["n"], line["standard_error"])
         if line["model"] == "base":
             found["base"][score.name] = score
-        else:
+        elif line["step"] <= status.get("delta_step", line["step"]):
             if line["step"] == 0:
                 found["before"][score.name] = score
             found["after"][score.name] = score

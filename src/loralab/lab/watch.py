@@ -67,6 +67,8 @@ class RunWatch:
         keep_best: bool,
         display: Display,
         mirrors: Sequence[Mirror] = (),
+        best: tuple[str, bool] | None = None,
+        limits: Callable[[Sequence[Score]], str | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         wall_s: float = 0.0,
     ) -> None:
@@ -75,10 +77,12 @@ class RunWatch:
         self.probe_steps = max(1, steps_of(probe_every, total_steps))
         self.checkpoint_steps = max(1, steps_of(checkpoint_every, total_steps))
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.best, self.limits, self.end = best, limits, ""
         self.stop_requested = stop_requested
         self.base_readings: dict[str, Reading] = {}
         self.cost = Cost()
         self._readings: dict[str, tuple[int, Reading]] = {}
+        self._recorded_at: int | None = None
         self._saved_at: int | None = None
         self._best: tuple[float, int] | None = None
         self._begin = time.perf_counter() - wall_s
@@ -109,7 +113,7 @@ class RunWatch:
     def measure(self, step: int, *, last: bool = False) -> None:
         if step == 0:
             self.read_base(0)
-        if (last or step % self.probe_steps == 0) and self.probes:
+        if (last or step % self.probe_steps == 0) and self.probes and self._recorded_at != step:
             before = self.cost.seconds
             readings = [self._read(probe, step) for probe in self.probes]
             scores = [score for reading in readings for score in reading.scores]
@@ -118,6 +122,8 @@ class RunWatch:
             self._mirror(step, {"probe_s": self.cost.seconds - before})
             if scores:
                 self.display.scores(step, scores)
+            self._recorded_at = step
+            self.end = (self.limits(scores) if self.limits is not None and step else None) or ""
         if last:
             self._sample(step, "tuned")
 
@@ -163,6 +169,25 @@ class RunWatch:
                 return self._read(probe, step).scores[0].value
         return None
 
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, if one is kept."""
+        return self._best[1] if self._best is not None else None
+
+    def is_enough(self) -> bool:
+        return bool(self.end)
+
+    def _merit(self, step: int) -> float | None:
+        """Give the lower the better what chooses the best checkpoint."""
+        if self.best is None:
+            return self.validation_loss(step)
+        name, is_higher_better = self.best
+        for probe in self.probes:
+            if name.startswith(f"{probe.name}/"):
+                value = next(score.value for score in self._read(probe, step).scores if score.name == name)
+                return -value if is_higher_better else value
+        return None
+
     def on_step(self, report: StepReport) -> None:
         line = {
             "step": report.step,
@@ -200,9 +225,9 @@ class RunWatch:
         """Write a checkpoint if one is due, keep the last and the best, and note it in the status."""
         if self._saved_at == step or not (now or step % self.checkpoint_steps == 0):
             return  # a checkpoint that stands is not written again: it may be the only one
-        loss = self.validation_loss(step) if self.keep_best else None
-        if loss is not None and (self._best is None or loss < self._best[0]):
-            self._best = (loss, step)
+        merit = self._merit(step) if self.keep_best else None
+        if merit is not None and (self._best is None or merit < self._best[0]):
+            self._best = (merit, step)
         full = state()
         full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s, "cost": asdict(self.cost)}
         write_checkpoint(self.folder.checkpoints, full)

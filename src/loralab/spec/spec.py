@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from loralab.spec.method import LoraSpec, MethodSpec
+from loralab.spec.objective import ObjectiveSpec, TextSpec
 from loralab.spec.strict import Count, Patterns, Positive, Share, Strict, contradiction
-from loralab.spec.training import AdamWSpec, CosineSpec, OptimizerSpec, ScheduleSpec, TextSpec, TrainSpec
+from loralab.spec.training import AdamWSpec, CosineSpec, OptimizerSpec, ScheduleSpec, TrainSpec
 
 FULL_LEARNING_RATE = 2e-5
 LOW_RANK_LEARNING_RATE_RATIO = 10.0
@@ -198,7 +199,7 @@ class RunSpec(Strict):
     model: ModelSpec
     data: DataSpec
     method: MethodSpec
-    objective: TextSpec = TextSpec()
+    objective: ObjectiveSpec = TextSpec()
     optimizer: OptimizerSpec = AdamWSpec()
     schedule: ScheduleSpec = CosineSpec()
     train: TrainSpec
@@ -220,7 +221,7 @@ class RunSpec(Strict):
         if not isinstance(data, dict):
             return data
         data = {key: value.model_dump() if isinstance(value, Strict) else value for key, value in data.items()}
-        for key in ("optimizer", "schedule"):
+        for key in ("objective", "optimizer", "schedule"):
             if isinstance(data.setdefault(key, {}), dict):
                 data[key] = {"name": cls.model_fields[key].default.name, **data[key]}
         method, optimizer = data.get("method"), data["optimizer"]

@@ -1,18 +1,10 @@
-"""What is optimised, by which optimizer and schedule, and how long."""
+"""By which optimizer and schedule a run trains, and how long."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from loralab.spec.strict import Betas, Count, NotNegative, Positive, Share, Strict, contradiction
-
-
-class TextSpec(Strict):
-    """Next-token loss on the labelled positions: continued pretraining and instruction tuning."""
-
-    name: Literal["text"] = "text"
-    chunk: Count = 1024
-    """Labelled positions that go through the head at a time."""
 
 
 class AdamWSpec(Strict):

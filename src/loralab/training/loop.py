@@ -59,6 +59,10 @@ class Watch(Protocol):
         """Write a checkpoint if one is due, or at once."""
         ...
 
+    def is_enough(self) -> bool:
+        """Tell whether what was measured says that the run should end here."""
+        ...
+
     def stop_requested(self) -> bool: ...
 
 
@@ -108,6 +112,9 @@ class Loop:
                 self._tie(knot, watch)
             ended = self.step == self.total_steps
             watch.measure(self.step, last=ended)
+            if not ended and watch.is_enough():
+                self.total_steps, ended = self.step, True
+                watch.measure(self.step, last=True)
             watch.save_if_due(self.step, self.state, now=ended)
             if watch.stop_requested() and not ended:
                 watch.save_if_due(self.step, self.state, now=True)
@@ -133,7 +140,8 @@ class Loop:
         mean = total / max(weight, 1.0)
         self._refuse_divergence(mean)
         self.optimizer.scale_gradients(1.0 / max(weight, 1.0))
-        self._look_for_dead_tensors(watch)
+        if weight:
+            self._look_for_dead_tensors(watch)
         norm = self.optimizer.clip(self.clip)
         if not math.isfinite(norm):
             raise self._divergence(f"the gradient's norm is {norm}")
