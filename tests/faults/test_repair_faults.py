@@ -124,6 +124,8 @@ REPAIRS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a delta for other weights": ({"base": "{world}/other"}, ("trained on other base weights",)),
     "NaN in the delta": ({"delta": "{world}/nan"}, (LAYER,)),
     "a delta that is not there": ({"delta": "{world}/empty"}, ("no delta",)),
+    "no such device": ({"device": "gpu"}, ("gpu",)),
+    "no such dtype": ({"dtype": "half"}, ("half",)),
     "no rank": ({"rank": 0}, ("rank 1 or more",)),
     "a rank for a dense delta": ({"delta": "{world}/full", "rank": 4}, ("dense",)),
     "no vectors": ({"k": 0}, ("at least one vector",)),

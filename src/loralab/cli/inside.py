@@ -97,7 +97,7 @@ def repair(
     k: Vectors = 10,
     epsilon: Epsilon = 0.5,
     exact: Exact = False,
-    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the resampling; 0 if absent.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     revision: Revision = None,
@@ -129,6 +129,7 @@ def repair(
         "--source-text": source_text,
     }
     measured |= {"--edits": edits, "--budget": budget, "--tokens": tokens, "--limit": limit, "--data": data}
+    measured["--seed"] = None if seed is None else str(seed)
     if edit is not None and any(measured.values()):
         idle = ", ".join(name for name, value in measured.items() if value)
         raise EvaluationError("one edit is saved without measuring", where=idle, fix="leave it out, or say --sweep")
@@ -155,7 +156,7 @@ def repair(
         edits=None if edits is None else names(edits),
         budget=budget,
         out=out,
-        seed=seed,
+        seed=seed or 0,
         limit=limit,
         data=assignments(data or []),
         **common,

@@ -69,13 +69,13 @@ def open_delta(path: str, weights: Weights, *, trust_remote_code: bool = False) 
         ModelError: a checkpoint cannot be read.
     """
     given = Path(path).expanduser()
-    folder = given / "delta" if (given / "delta").is_dir() else given
+    folder = folder_of(given)
     if is_adapter(folder):
-        return fit_delta(load_lowrank(folder), weights, where=path, trained_on=_base_of_run(given))
+        return fit_delta(load_lowrank(folder), weights, where=path, trained_on=base_of_run(given))
     if not (folder / "config.json").is_file() and folder.exists():
         fix = "name a PEFT folder, a run folder, or a folder with config.json"
         raise DeltaError("this folder holds no delta", where=path, fix=fix)
-    mark = _base_of_run(given)
+    mark = base_of_run(given)
     _refuse_other_base(mark, weights, path)
     target = path if folder == given else str(folder)
     return _difference(open_weights(target, trust_remote_code=trust_remote_code), weights, mark)
@@ -214,7 +214,13 @@ def _refuse_other_base(trained_on: str | None, weights: Weights, where: str) -> 
         )
 
 
-def _base_of_run(folder: Path) -> str | None:
+def folder_of(path: str | Path) -> Path:
+    """Give the folder that holds a delta: of a run its `delta/`, else the one that is named."""
+    given = Path(path).expanduser()
+    return given / "delta" if (given / "delta").is_dir() else given
+
+
+def base_of_run(folder: Path) -> str | None:
     """Give the fingerprint of the base that a run began with; None where this is no run, or one that does not say."""
     inputs = read_json(folder / "environment.json").get("inputs")
     return inputs.get("base") if isinstance(inputs, dict) else None

@@ -55,7 +55,7 @@ def refuse_unknown(name: str, include: Sequence[str] = ()) -> None:
         names = [*_manager(tuple(include)).all_tasks, *_manager(tuple(include)).task_index]
         near = did_you_mean(name, names)
         fix = f"did you mean {near!r}?" if near else "`lm-eval ls tasks` lists the catalogue"
-        raise EvaluationError(f"there is no task {name!r}", where="--tasks", fix=fix)
+        raise EvaluationError(f"there is no task {name!r}", where="lm-eval's catalogue", fix=fix)
 
 
 def refuse_file(task: str, file: str) -> None:

@@ -9,10 +9,9 @@ import torch
 from loralab.base.model import Base, load
 from loralab.delta.layers import own_parameters
 from loralab.delta.lowrank import Delta
+from loralab.delta.opened import base_of_run, folder_of
 from loralab.delta.store import check_base, is_adapter, load_lowrank
 from loralab.errors import DeltaError
-from loralab.lab.index import is_run
-from loralab.run.files import read_json
 
 
 def read_delta(path: str, base: Base) -> Delta:
@@ -28,8 +27,7 @@ def read_delta(path: str, base: Base) -> Delta:
         DeltaError: there is no delta, or it belongs to another base.
         ModelError: a checkpoint cannot be loaded.
     """
-    folder = Path(path)
-    folder = folder / "delta" if (folder / "delta").is_dir() else folder
+    folder = folder_of(path)
     if is_adapter(folder):
         delta = load_lowrank(folder)
     elif (folder / "config.json").is_file() or not folder.exists():
@@ -38,7 +36,7 @@ def read_delta(path: str, base: Base) -> Delta:
         fix = "name a PEFT folder, a run folder, or a folder with config.json"
         raise DeltaError("this folder holds no delta", where=path, fix=fix)
     check_base(delta, base.model, base.fingerprint)
-    trained_on = _base_of_run(Path(path))
+    trained_on = base_of_run(Path(path))
     if trained_on and trained_on != base.fingerprint:
         raise DeltaError(
             "this run was trained on other base weights",
@@ -46,14 +44,6 @@ def read_delta(path: str, base: Base) -> Delta:
             fix="use the base that the run names in its spec.yaml",
         )
     return delta
-
-
-def _base_of_run(run: Path) -> str | None:
-    """Give the fingerprint of the base that a run began with; None where this is no run."""
-    if not is_run(run) or not (run / "environment.json").is_file():
-        return None
-    inputs = read_json(run / "environment.json").get("inputs")
-    return inputs.get("base") if isinstance(inputs, dict) else None
 
 
 def _difference(path: str, base: Base) -> Delta:

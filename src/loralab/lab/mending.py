@@ -18,7 +18,7 @@ from loralab.base.targets import linears
 from loralab.base.weights import Weights, open_weights
 from loralab.delta.layers import own_parameters
 from loralab.delta.lowrank import Delta, Dense, LowRank
-from loralab.delta.opened import fit_delta
+from loralab.delta.opened import fit_delta, folder_of
 from loralab.delta.several import Wardrobe
 from loralab.delta.store import ADAPTER, check_base, difference, is_adapter, load_lowrank, save_lowrank
 from loralab.errors import DeltaError, FolderError
@@ -28,7 +28,7 @@ from loralab.run.files import explain_failed_writes, read_json, write_json
 from loralab.spectral.heads import HeadCache
 from loralab.spectral.intruders import DENSE_BELOW, Intruders, intruders
 from loralab.spectral.repair import Edit, depth_of, edited, sharpened, touched
-from loralab.spectral.thresholds import compressed, frobenius
+from loralab.spectral.thresholds import compressed, norm_of
 
 Told = Callable[[int, int, str], None]
 """Takes how far it is: what is done, of how many, and what."""
@@ -115,8 +115,8 @@ class Subject:
             row["touched"] = len(touched(edit, found[name])) if acts and name in found else 0
             row["rank_before"] = before.rank if isinstance(before, LowRank) else None
             row["rank_exact"], row["rank"] = exact[name], after.rank if isinstance(after, LowRank) else None
-            row["norm_before"] = frobenius(before)
-            row["norm"] = row["norm_before"] if after is before else frobenius(after)
+            row["norm_before"] = norm_of(before)
+            row["norm"] = row["norm_before"] if after is before else norm_of(after)
             rows.append(row | {key: float(losses.at[name, key]) if name in losses.index else 0.0 for key in DISCARDED})
         return result, pd.DataFrame(rows)
 
@@ -231,7 +231,7 @@ def _kind(delta: Delta) -> str:
 
 
 def _adapter_of(path: str) -> Path | None:
-    folder = Path(path) / "delta" if (Path(path) / "delta").is_dir() else Path(path)
+    folder = folder_of(path)
     return folder if is_adapter(folder) else None
 
 

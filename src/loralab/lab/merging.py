@@ -15,6 +15,7 @@ from loralab.base.model import Base, load
 from loralab.base.text import Example
 from loralab.delta.layers import load_delta_, unwrap_
 from loralab.delta.merge import LayerMerge, merge_
+from loralab.delta.opened import folder_of
 from loralab.delta.store import check_base, is_adapter, load_lowrank
 from loralab.errors import DataError, DeltaError, FolderError, MergeError
 from loralab.run.folder import write_json
@@ -109,7 +110,7 @@ def merge(
         raise DeltaError(f"a model cannot be merged into {dtype!r}", where="--dtype", fix=f"use {', '.join(DTYPES)}")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FolderError("the folder to write is not empty", where=out, fix="name a new folder")
-    folder = Path(delta_path) / "delta" if (Path(delta_path) / "delta").is_dir() else Path(delta_path)
+    folder = folder_of(delta_path)
     if not is_adapter(folder) and (folder / "config.json").is_file():
         raise DeltaError("this is a whole checkpoint: there is nothing to merge", where=str(folder))
     delta = load_lowrank(folder)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loralab.base.device import choose_device, choose_dtype
 from loralab.base.model import Base
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError, EvaluationError, ModelError
@@ -57,8 +58,11 @@ def repair(
         LoralabError: no such edit, a delta for another base, a folder that holds something, a matrix that is not finite, …
     """
     wanted, question = _edit(edit), Question(k, epsilon, exact)
-    path = claim_folder(out)
+    choose_dtype(
+        how.get("dtype", "auto"), choose_device(how.get("device", "auto"))
+    )  # an adapter is edited without them
     subject = open_subject(base, delta, light=True, **how)
+    path = claim_folder(out)
     found = subject.search(question, _path(cache), told) if wanted.needs_intruders else {}
     result, matrices = subject.edit(wanted, found, rank)
     subject.save(path / DELTA, result)
@@ -135,7 +139,6 @@ def sweep(
     given = None if edits is None else [_edit(edit) for edit in edits]
     if given == []:
         raise EvaluationError("no edit is named", where="--edits", fix="name some, or leave it out for a sensible grid")
-    path = None if out is None else claim_folder(out)
     place: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     subject = open_subject(base, delta, **place, trust_remote_code=trust_remote_code)
     assert subject.base is not None
@@ -143,6 +146,7 @@ def sweep(
     if type(subject.base.model).__name__.endswith("MaskedLM"):
         fix = "take a causal language model"
         raise ModelError("a model that reads both ways cannot answer tasks", where=subject.base_path, fix=fix)
+    path = None if out is None else claim_folder(out)
     chosen = _with_bar(given if given is not None else default_sweep(subject.kind), subject)
     measuring = Measuring(subject, Sides(subject.base, plan), rank, told)
     if any(edit.needs_intruders for edit in chosen):

@@ -19,9 +19,9 @@ from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError, did_you_mean
 from loralab.spectral.intruders import Intruders
 from loralab.spectral.krylov import Triplets
-from loralab.spectral.thresholds import compressed, frobenius, thresholded, widened
+from loralab.spectral.thresholds import compressed, norm_of, thresholded, widened
 
-__all__ = ["FAMILIES", "Edit", "compressed", "default_sweep", "depth_of", "edited", "frobenius", "sharpened", "touched"]
+__all__ = ["FAMILIES", "Edit", "compressed", "default_sweep", "depth_of", "edited", "norm_of", "sharpened", "touched"]
 
 FAMILIES = {
     "scale": (0.0, math.inf, "the whole change times λ (WiSE-FT, Wortsman et al. 2021, 2109.01903)"),
@@ -235,8 +235,8 @@ def _edited(name: str, change: LayerDelta, edit: Edit, found: Mapping[str, Intru
         result = _shifted(change, known.triplets, touched(edit, known), edit.strength)
     if edit.family != "matched" or result is change:
         return result
-    size = frobenius(change)
-    return _scaled(change, frobenius(result) / size) if size else change
+    size = norm_of(change)
+    return _scaled(change, norm_of(result) / size) if size else change
 
 
 def _known(name: str, change: LayerDelta, found: Mapping[str, Intruders] | None) -> Intruders:

@@ -95,7 +95,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def frobenius(change: LayerDelta) -> float:
+def norm_of(change: LayerDelta) -> float:
     """Give ‖ΔW‖_F in float64; of a pair as that of scale · R Tᵀ with B = Q R and Aᵀ = P T."""
     if isinstance(change, Dense):
         return float(torch.linalg.vector_norm(change.weight, dtype=torch.float64))
@@ -153,4 +153,4 @@ def _truncated(name: str, pair: LowRank, rank: int) -> tuple[LowRank, float, flo
     A, B = (root[:, None] * Vh[:rank]) @ P.t(), Q @ (U[:, :rank] * root * math.copysign(1, scale))
     small = LowRank(A.to(widened(pair.A)), B.to(widened(pair.B)), scale)
     exact = [LowRank(p.A.double(), p.B.double(), p.scale) for p in (small, replace(pair, scale=-pair.scale))]
-    return small, frobenius(rank_sum(exact)), float(s.norm())
+    return small, norm_of(rank_sum(exact)), float(s.norm())
