@@ -3,7 +3,8 @@
 Legend: W₀ = Σ sᵢ xᵢ zᵢᵀ (out, in) the base, y a unit vector, cᵢ = xᵢ·y, t = s². The head: the leading triplets that are computed.
 
 1. The head. A computed left vector with residual r and gap g to the values beside it lies within sin = r / (g − r) of a true one
-   (Wedin 1972), so its |cᵢ| is known to that. Columns without a clear gap do not count as head.
+   (Wedin 1972), so its |cᵢ| is known to that. Columns without a clear gap do not count as head. Where that does not decide, those
+   near the threshold are refined in float64 (`sharp.py`), for their own |cᵢ| alone: all else stands as it was.
 2. What the head leaves of y, y' with ρ = ‖y'‖, bounds all other cosines at once: |cᵢ| ≤ ρ + Σ_l |c_l| sin_l.
 3. The spectral measure of y'/ρ, μ = Σ (cᵢ/ρ)² δ(t − tᵢ). A few Golub-Kahan steps from y' give its first orthonormal polynomials pⱼ,
    and μ({t}) ≤ λ(t) = 1 / Σⱼ pⱼ(t)², the Christoffel function (Akhiezer 1965, ch. 2): |cᵢ| ≤ ρ √max λ. The same holds for the
@@ -34,6 +35,9 @@ ROUNDING = 5e-7
 
 HEAD_MARGIN = 2e-5
 """Added to bounds on cosines with the head."""
+
+SHARP_MARGIN = 1e-12
+"""The same where both vectors are known in float64 (`sharp.py`): a scalar product of 10 000 terms rounds to 1e-14."""
 
 BULK_MARGIN = 1e-4
 """Added to bounds on all other cosines: float32 steps moved them by 1e-7, and once by 2.5e-6."""
@@ -74,8 +78,10 @@ class Bounds:
         self.base, self.top = base, float(head.values[0])
         sines = _sines(head)
         clear = np.flatnonzero(sines <= CLEAR)
-        self.sines = sines[clear]
-        self.left = head.left.t()[clear].contiguous()
+        self.columns, self.sines = clear, sines[clear]
+        self.sharp: dict[int, tuple[Tensor, float]] = {}
+        """Left vectors of the head known in float64, with their distances from the true ones, by their place in `columns`."""
+        self.left = head.left.t()[clear].double()
         self.right = head.right.t()[clear].contiguous()
 
     @torch.no_grad()
@@ -87,13 +93,13 @@ class Bounds:
             errors: distances.
             epsilon: the threshold; an interval that holds it means undecided.
         """
-        exact, head = rows.double(), self.left.double()
+        exact, head = rows.double(), self.left
         signed = exact @ head.t()
         rest = exact - signed @ head
         rest -= (rest @ head.t()) @ head
         cosines = signed.abs().cpu().numpy()
-        lower, upper = self._of_head(cosines)
-        lower, upper = lower - errors, upper + errors
+        low, high = self._of_head(exact, cosines, errors)
+        lower, upper = low.max(1, initial=0.0), high.max(1, initial=0.0)
         beside = cosines @ self.sines + HEAD_MARGIN + errors
         others = rest.norm(dim=1).cpu().numpy() + beside
         todo = np.flatnonzero((lower < epsilon) & (upper < epsilon) & (others >= epsilon))
@@ -109,13 +115,23 @@ class Bounds:
         upper = np.minimum(np.maximum(upper, others), 1.0)
         return Interval(np.clip(lower, 0.0, upper), upper)
 
-    def _of_head(self, cosines: Float[ndarray, "k p"]) -> tuple[Float[ndarray, " k"], Float[ndarray, " k"]]:
-        """Bound the largest cosine with the true vectors that the head stands for."""
-        if not len(self.sines):
-            return np.zeros(len(cosines)), np.zeros(len(cosines))
+    def near(self, row: Float[Tensor, " out"], error: float, epsilon: float) -> list[int]:
+        """Give the places in `columns` that leave open whether a vector is like one of them."""
+        rows = row[None]
+        low, high = self._of_head(rows, (rows @ self.left.t()).abs().cpu().numpy(), np.array([error]))
+        return [] if (low >= epsilon).any() else np.flatnonzero(high[0] >= epsilon).tolist()
+
+    def _of_head(
+        self, rows: Float[Tensor, "k out"], cosines: Float[ndarray, "k p"], errors: Float[ndarray, " k"]
+    ) -> tuple[Float[ndarray, "k p"], Float[ndarray, "k p"]]:
+        """Bound the cosines with the true vectors that the head stands for."""
         across = self.sines * np.sqrt(np.clip(1 - cosines**2, 0, 1))
-        lower = (cosines * np.sqrt(1 - self.sines**2) - across).max(1)
-        return lower - HEAD_MARGIN, (cosines + across).max(1) + HEAD_MARGIN
+        spread = HEAD_MARGIN + errors[:, None]
+        low, high = cosines * np.sqrt(1 - self.sines**2) - across - spread, cosines + across + spread
+        for i, (left, error) in self.sharp.items():
+            cosine, spread = (rows @ left).abs().cpu().numpy(), error + errors + SHARP_MARGIN
+            low[:, i], high[:, i] = np.maximum(low[:, i], cosine - spread), np.minimum(high[:, i], cosine + spread)
+        return low, high
 
     def _of_bulk(self, rest: Tensor, target: Float[ndarray, " c"], most: int) -> Float[ndarray, " c"]:
         """Bound |xᵢ·y'| over all base vectors, until each lies below its target or `most` steps are done."""

@@ -7,7 +7,8 @@ leaves open is read so: a direction of W₀ of value 0 is arbitrary and no xᵢ;
 intruder; and a zero change makes no intruder, even where equal values leave the vectors free to turn.
 
 Three routes, each taking what the one before could not decide:
-- certified: leading triplets of W by Krylov steps, bounds on all cosines from a cached head of W₀ (`bounds.py`);
+- certified: leading triplets of W by Krylov steps, bounds on all cosines from a cached head of W₀ (`bounds.py`); where float32 is
+  what leaves a verdict open, the vectors that it depends on are refined in float64 (`sharp.py`);
 - dense: one eigendecomposition of the smaller Gram matrix of W₀ in float64, and of W's where its triplets are not enough;
 - exact: two dense SVDs in float64, the definition itself. The other two are tested against it.
 """
@@ -28,6 +29,7 @@ from loralab.spectral.dense import Gram
 from loralab.spectral.heads import SIZE, head_of
 from loralab.spectral.krylov import Davidson, Triplets, dense_triplets, lanczos
 from loralab.spectral.products import Matrix, Tuned
+from loralab.spectral.sharp import Refinement
 
 VECTORS = 10
 """k of the paper: how many leading vectors of each matrix are looked at."""
@@ -151,6 +153,8 @@ class _Search:
         self.base_left: Tensor | None = None
         self.is_arbitrary = np.zeros(k, bool)
         """Where the dense route could not decide: values of W or W₀ are too near each other for float64 as well."""
+        self.is_refined = np.zeros(k, bool)
+        """Where the interval is that of a vector refined in float64."""
 
     @property
     def _nothing(self) -> float:
@@ -177,7 +181,19 @@ class _Search:
             interval = bounds.of(rows / rows.norm(dim=1, keepdim=True), errors[todo], self.epsilon)
             self._narrow(todo, interval.lower, interval.upper, "certified")
             if not any(errors[j] > SHARP for j in self.undecided):
-                return
+                break
+        if self.triplets is not None and self.undecided:
+            self._refine(bounds, Refinement(self.tuned, self.triplets, self.head, bounds))
+
+    def _refine(self, bounds: Bounds, refinement: Refinement) -> None:
+        """Decide in float64 what lies too near epsilon for float32."""
+        errors = self._errors()
+        for j in self.undecided:
+            refined = refinement.of(j, float(errors[j]), self.epsilon)
+            if refined is not None:
+                interval = bounds.of(refined.left[None], np.array([refined.error]), self.epsilon)
+                self._narrow([j], interval.lower, interval.upper, "certified")
+                self.is_refined[j] = True
 
     def _leading(self) -> Iterator[Triplets]:
         """Give leading triplets of W by Krylov steps; asked again, by more of them."""
@@ -271,7 +287,7 @@ class _Search:
         verdicts = (self.upper < self.epsilon) & ~is_nothing
         room = np.where(verdicts, self.epsilon - self.upper, self.lower - self.epsilon)
         # Intervals of float32 triplets have room for the noise already.
-        noise = NOISE if triplets.left.dtype == torch.float64 else 0.0
+        noise = np.where(self.is_refined | (triplets.left.dtype == torch.float64), NOISE, 0.0)
         stable = (room > noise / np.maximum(gaps, 1e-300)) & ~is_nothing & ~self.is_arbitrary | self.tuned.is_unchanged
         base_left = self.head.left if self.head is not None and len(self.head) else self.base_left
         base_left = triplets.left[:, :0] if base_left is None else base_left

@@ -135,10 +135,17 @@ def _fresh(rest: Float[Tensor, "c in"], space: Float[Tensor, "d in"], nothing: f
 
 def _refined(matrix: Matrix, rows: Float[Tensor, "c in"]) -> Triplets:
     """Make triplets of right Ritz vectors by one more Rayleigh-Ritz in float64, and measure their residuals."""
+    return _measured(matrix, *rayleigh_ritz(matrix, rows))[0]
+
+
+def rayleigh_ritz(
+    matrix: Matrix, rows: Float[Tensor, "c in"]
+) -> tuple[Float[Tensor, "c in"], Float[Tensor, "c out"], Float[Tensor, " c"]]:
+    """Give the Ritz vectors in the span of orthonormal rows, their images under W, and their values, largest first."""
     image = matrix.times(rows)
     theta, P = torch.linalg.eigh(image.double() @ image.double().t())
-    theta, P = theta.flip(0).clamp_min(0), P.flip(1).t()
-    return _measured(matrix, P.to(rows) @ rows, P.to(rows) @ image, theta.sqrt())[0]
+    theta, P = theta.flip(0).clamp_min(0), P.flip(1).t().to(rows)
+    return P @ rows, P @ image, theta.sqrt()
 
 
 def _measured(matrix: Matrix, right: Tensor, image: Tensor, values: Tensor) -> tuple[Triplets, Tensor]:
