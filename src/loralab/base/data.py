@@ -3,17 +3,17 @@
 A batch is one row: documents side by side, positions beginning anew with each, attention within each (`lengths`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loralab.base.corpus import Corpus
 from loralab.base.packing import pack
+from loralab.base.reader import Report
 from loralab.base.text import Example
 from loralab.errors import DataError
 
@@ -76,8 +76,10 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(tokens_row, positions_row, targets_row, lengths)
 
 
-def micro_batches(sequences: Sequence[Sequence[Example]], micro_batch: int | None) -> list[Batch]:
-    """Lay the sequences of one step side by side, `micro_batch` at a time."""
+def micro_batches(
+    sequences: Sequence[Sequence[Any]], micro_batch: int | None, collate: Callable[[Sequence[Any]], Any] = collate
+) -> list[Any]:
+    """Lay the sequences of one step side by side, `micro_batch` at a time, as `collate` does."""
     size = micro_batch or len(sequences)
     groups = (sequences[start : start + size] for start in range(0, len(sequences), size))
     return [collate([example for sequence in group for example in sequence]) for group in groups]
@@ -87,6 +89,29 @@ def pack_and_shuffle(lengths: NDArray[np.int64], capacity: int, rng: np.random.G
     """Pack documents best-fit and put the bins in random order; documents of equal length keep their order."""
     bins = pack(lengths.tolist(), capacity)
     return [bins[i] for i in rng.permutation(len(bins))]
+
+
+class Examples(Protocol):
+    """What a feed asks of a corpus, whatever its examples are; see `corpus.Corpus`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    @property
+    def source(self) -> NDArray[np.int16]: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def report(self) -> Report: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Feed:
@@ -103,25 +128,33 @@ class Feed:
         micro_batch: sequences computed at a time; None is all.
         packing: fill sequences with whole examples.
         seed: of the order.
+        collate: lays the examples of a micro-batch side by side.
 
     Raises:
         DataError: the corpus has no examples.
     """
 
     def __init__(
-        self, corpus: Corpus, *, batch_size: int, micro_batch: int | None = None, packing: bool = True, seed: int = 0
+        self,
+        corpus: Examples,
+        *,
+        batch_size: int,
+        micro_batch: int | None = None,
+        packing: bool = True,
+        seed: int = 0,
+        collate: Callable[[Sequence[Any]], Any] = collate,
     ) -> None:
         if not len(corpus):
             raise DataError("the corpus has no examples", where="data.train", fix="lower data.validation_share")
         self.corpus, self.batch_size, self.micro_batch = corpus, batch_size, micro_batch
-        self.packing, self.seed = packing, seed
+        self.packing, self.seed, self.collate = packing, seed, collate
         self.epoch, self.position = 0, 0
         self._fingerprint = corpus.fingerprint
         self._members = [np.flatnonzero(corpus.source == i) for i in range(len(corpus.report.sources))]
         self._planned: tuple[int, list[list[int]]] | None = None
 
-    def next_step(self) -> list[Batch]:
-        """Take the micro-batches of the next optimizer step."""
+    def next_step(self) -> list[Any]:
+        """Take the micro-batches of the next optimizer step: of `Batch`, unless `collate` makes others."""
         step: list[list[int]] = []
         while len(step) < self.batch_size:
             sequences = self.sequences(self.epoch)
@@ -130,7 +163,8 @@ class Feed:
             self.position += len(taken)
             if self.position >= len(sequences):
                 self.epoch, self.position = self.epoch + 1, 0
-        return micro_batches([[self.corpus[i] for i in sequence] for sequence in step], self.micro_batch)
+        sequences_of_step = [[self.corpus[i] for i in sequence] for sequence in step]
+        return micro_batches(sequences_of_step, self.micro_batch, self.collate)
 
     def sequences(self, epoch: int) -> list[list[int]]:
         """Give the sequences of an epoch, in order, as lists of example indices."""

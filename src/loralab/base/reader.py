@@ -32,6 +32,7 @@ class SourceReport:
         tokens: their tokens.
         labelled: their tokens with a loss.
         held_out: examples kept back for validation, not among `examples`.
+        equal: pairs whose sides are the same, left out.
     """
 
     path: str
@@ -46,6 +47,7 @@ class SourceReport:
     tokens: int = 0
     labelled: int = 0
     held_out: int = 0
+    equal: int = 0
 
 
 @dataclass(frozen=True)
