@@ -23,6 +23,7 @@ from loralab.methods.cola import Cola
 from loralab.methods.lora import Lora
 from loralab.methods.peft import ADAPTER as PEFT_NAME
 from loralab.methods.peft import Peft
+from loralab.methods.value import PREFIX as OF_THE_VALUE
 from loralab.run.folder import RunFolder, read_json, write_json
 from loralab.spec.recipes import read
 from loralab.training.checkpoint import MANIFEST, checkpoints
@@ -109,13 +110,14 @@ def _fingerprint(point: Path) -> str | None:
 
 
 def _tensors(point: Path) -> dict[str, Tensor]:
-    """Read the method's tensors and verify them; the optimizer's stay on disk."""
+    """Read the method's tensors and verify them; the optimizer's stay on disk, and a value model beside a policy is no part of it."""
     data = (point / METHOD).read_bytes() if (point / METHOD).is_file() else b""
     if hashlib.sha256(data).hexdigest() != read_json(point / MANIFEST).get("sha256", {}).get(METHOD):
         fix = "take another checkpoint of the run"
         what = "this checkpoint file is missing, or has not the checksum it was written with"
         raise CheckpointError(what, where=str(point / METHOD), fix=fix)
-    return dict(sorted(load(data).items()))  # the library gives them in any order
+    tensors = sorted(load(data).items())  # the library gives them in any order
+    return {name: tensor for name, tensor in tensors if not name.startswith(OF_THE_VALUE)}
 
 
 # Pairs

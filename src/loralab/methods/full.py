@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from loralab.base.model import Base
 from loralab.base.targets import linears, match_parameters
+from loralab.delta.layers import low_rank_layers
 from loralab.delta.lowrank import Delta
 from loralab.delta.store import difference
 from loralab.methods.base import Attachment, OneStage, ParamGroup, Wanted, all_wanted, count, count_all, split_vectors
@@ -36,6 +37,8 @@ class Full(OneStage):
         self._base = base
         model: nn.Module = base.model
         names = match_parameters(model, self.targets, self.freeze)
+        # By their own names: others (a value, a reward) may put pairs on them later.
+        self._turned = {name: type(layer).__name__ == "Conv1D" for name, layer in linears(model).items()}
         self.parameters = {name: model.get_parameter(name) for name in names}
         self._before = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         for parameter in self.parameters.values():
@@ -47,13 +50,12 @@ class Full(OneStage):
 
     def delta(self, wanted: Wanted = all_wanted) -> Delta:
         """Give the dense difference of every linear layer, and other parameters as they are now."""
-        layers = {name: type(layer).__name__ == "Conv1D" for name, layer in linears(self._base.model).items()}
         moved = dict(self.parameters)
-        for name in layers:
+        for name in self._turned:
             weight = moved.get(f"{name}.weight")
             if weight is not None and not wanted(name, weight.numel()):
                 del moved[f"{name}.weight"]
-        return difference(moved, self._before, layers, self._base.fingerprint)
+        return difference(moved, self._before, self._turned, self._base.fingerprint)
 
     @contextmanager
     def without(self) -> Iterator[None]:
@@ -71,8 +73,8 @@ class Full(OneStage):
                 parameter.copy_(values[name])
 
     def save(self, folder: Path) -> None:
-        """Write the tuned model as a Hugging Face checkpoint with its tokenizer."""
-        self._base.model.save_pretrained(folder)
+        """Write the tuned model as a Hugging Face checkpoint with its tokenizer; pairs that others put on it are left out."""
+        self._base.model.save_pretrained(folder, state_dict=_without_pairs(self._base.model))
         if self._base.tokenizer is not None:
             self._base.tokenizer.save_pretrained(folder)
 
@@ -81,3 +83,15 @@ class Full(OneStage):
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         self._set(tensors)
+
+
+def _without_pairs(model: nn.Module) -> dict[str, Tensor]:
+    """Give the state of a model as it would be named without low-rank layers, and without their pairs."""
+    wrapped = list(low_rank_layers(model))
+    state = model.state_dict()
+    for name in wrapped:
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            value = state.pop(key)
+            if key.startswith(f"{name}.base."):
+                state[f"{name}.{key.removeprefix(f'{name}.base.')}"] = value
+    return state

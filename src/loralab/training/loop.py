@@ -158,7 +158,8 @@ class Loop:
         if not math.isfinite(loss):
             raise self._divergence(f"the loss is {loss}")
         usual = statistics.median(self._recent) if len(self._recent) >= SPIKE_PATIENCE else None
-        if self.spike and usual is not None and loss > self.spike * max(usual, SPIKE_FLOOR_NATS):
+        usual = None if usual is None else max(usual, SPIKE_FLOOR_NATS)
+        if self.spike and usual is not None and loss > self.spike * usual:
             raise self._divergence(f"the loss is {loss:.3g}, {loss / usual:.0f} times its running median {usual:.3g}")
         self._recent.append(loss)
 
@@ -171,16 +172,19 @@ class Loop:
         )
 
     def _look_for_dead_tensors(self, watch: Watch) -> None:
-        """In the first two steps, find tensors that never receive a gradient (a pair's A needs the second step)."""
-        if self.step > 1:
+        """In the first three steps, find tensors that never receive a gradient.
+
+        A pair's A needs the second step, as B starts at zero; under a head that starts at zero too, the third.
+        """
+        if self.step > 2:
             return
         alive = {name for name, grad in self.optimizer.gradients().items() if bool(grad.any())}
         dead = set(self.optimizer.tensors) - alive
         self._without_gradient = dead if self._without_gradient is None else self._without_gradient & dead
-        if self.step == 1 and self._without_gradient:
-            names = sorted(self._without_gradient)
-            if len(names) == len(self.optimizer.tensors):
-                raise TargetError("no trained tensor receives a gradient", where=names[0], fix="change method.targets")
+        names = sorted(self._without_gradient)
+        if self.step == 1 and len(names) == len(self.optimizer.tensors):
+            raise TargetError("no trained tensor receives a gradient", where=names[0], fix="change method.targets")
+        if self.step == 2 and names:
             watch.on_warning(
                 f"{len(names)} trained tensors receive no gradient: {', '.join(names[:3])} …", self.step + 1
             )
