@@ -55,8 +55,8 @@ def test_a_finished_run_is_one_complete_row(tmp_path):
         "folder": "a-12345678", "name": "a", "method": "lora", "rank": 8, "learning_rate": 2e-4,
         "model": "models/small", "state": "done", "step": 20, "total_steps": 20, "tokens": 4096,
         "target_loss_base": 3.0, "target_loss_end": 1.75, "general_loss_base": 2.0, "general_loss_end": 2.25,
-        "learning": 1.25, "forgetting": 0.25, "trained_share": 0.025, "wall_s": 1.5, "peak_bytes": 1000,
-        "reason": "all steps done",
+        "learning": 1.25, "learned_by": "loss, nats per token", "forgetting": 0.25,
+        "trained_share": 0.025, "wall_s": 1.5, "peak_bytes": 1000, "reason": "all steps done",
     }  # fmt: skip
 
 

@@ -236,14 +236,24 @@ class TestReading:
         assert definitions["LoraSpec"]["additionalProperties"] is False
 
 
-YOURS = ("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-full")
+YOURS = (
+    *("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-full"),
+    *("reward-lora", "reward-full", "reward-tldr-lora", "reward-hh-lora", "reward-taskmaster-lora", "classify-lora"),
+)
 """Recipes for the person's own model and data."""
 
 
 class TestShipped:
     def test_they_are_there_with_one_line_each(self):
         described = dict(recipes.shipped())
-        assert set(described) == {*YOURS, "pocket-base", "pocket-base-more", "pocket-lora"}
+        assert set(described) == {
+            *YOURS,
+            "pocket-base",
+            "pocket-base-more",
+            "pocket-lora",
+            "pocket-reward",
+            "pocket-rl",
+        }
         for text in described.values():
             assert text.endswith(".") and not text.startswith("#")
 
@@ -265,9 +275,9 @@ class TestShipped:
 
     @pytest.mark.parametrize("name", [name for name, _ in recipes.shipped()])
     def test_it_repeats_no_default(self, write, name):
-        given = {"pocket-base": [], "pocket-lora": [], "pocket-base-more": ["model.path=FOLDER"]}.get(
-            name, ["model.path=FOLDER", "data.train=FILE"]
-        )
+        bring_data = name.startswith("pocket-")
+        given = [] if bring_data else ["model.path=FOLDER", "data.train=FILE"]
+        given = ["model.path=FOLDER"] if name == "pocket-base-more" else given
         written = YAML(typ="safe", pure=True).load(recipes.find(name))
         for section, keys in written.items():
             for key in keys:

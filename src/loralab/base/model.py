@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from loralab.base.attention import NAME
 from loralab.base.device import choose_device, choose_dtype, installed
@@ -31,6 +32,10 @@ from loralab.errors import ModelError, did_you_mean
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+SCORING = "ForSequenceClassification"
+POOLER = "pooler"
+HEADS = ["score", "classifier", "pre_classifier", "classification_head", POOLER, "lm_head"]
+"""Usual names of heads and poolers: they are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Base:
         path: folder or hub id, as it was given.
         revision: as it was given; for a hub id without one, the commit that was loaded.
         fingerprint: SHA-256 over names, dtypes, shapes and bytes of the weights, however they are cut into files.
+        drawn: parameters that the files do not hold: those of a new head.
     """
 
     model: PreTrainedModel
@@ -50,6 +56,7 @@ class Base:
     path: str
     revision: str | None
     fingerprint: str
+    drawn: tuple[str, ...] = ()
 
 
 def load(
@@ -63,8 +70,12 @@ def load(
     attention_dropout: float | None = None,
     random_init: bool = False,
     need_tokenizer: bool = True,
+    outputs: int | None = None,
 ) -> Base:
     """Load a base from a folder or the hub, frozen, in evaluation mode.
+
+    With `outputs` the model gives so many scores for a text instead of logits for each token. A head that the files do not
+    hold (and the pooler of an encoder) is drawn from torch's global generator; the fingerprint stays that of the files.
 
     Args:
         path: folder with a Hugging Face model, or hub id.
@@ -76,6 +87,7 @@ def load(
         attention_dropout: replaces the model's own; None keeps it.
         random_init: draw the weights from torch's global generator; the folder needs none.
         need_tokenizer: whether a missing tokenizer is an error.
+        outputs: scores for each text; None is a language model.
 
     Raises:
         ModelError: anything that keeps the model from being what was asked for.
@@ -89,12 +101,19 @@ def load(
     if attention_dropout is not None:
         _set_attention_dropout(settings, attention_dropout, path)
     tokenizer = _tokenizer(folder, trust_remote_code, need_tokenizer)
+    if outputs is not None:
+        settings.num_labels = outputs
+    drawn: tuple[str, ...] = ()
     if random_init:
-        model = draw_model(folder, settings, kind, trust_remote_code).to(place)
+        model = draw_model(folder, settings, kind, trust_remote_code, scoring=outputs is not None).to(place)
         mark = fingerprint(sorted(model.state_dict().items()))
     else:
         mark = fingerprint(_stored(folder))
-        model = _read_model(folder, settings, kind, place, quantize, trust_remote_code)
+        model, drawn = _read_model(
+            folder, settings, kind, place, quantize, trust_remote_code, scoring=outputs is not None
+        )
+    if outputs is not None:
+        _set_padding(model, tokenizer)
     if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only "
@@ -103,7 +122,43 @@ def load(
             fix="use the tokenizer that belongs to the model",
         )
     _use_own_attention(model)
-    return Base(model.requires_grad_(False).eval(), tokenizer, path, commit, mark)
+    return Base(model.requires_grad_(False).eval(), tokenizer, path, commit, mark, drawn)
+
+
+def read_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a base alone.
+
+    Raises:
+        ModelError: there is no such base, or it has no tokenizer that can be read.
+    """
+    folder, _ = find(path, revision, weights=weights, code=trust_remote_code)
+    read_settings(folder, trust_remote_code)
+    tokenizer = _tokenizer(folder, trust_remote_code, needed=True)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def scores_texts(model: nn.Module) -> bool:
+    """Tell whether a model gives scores for a text (Transformers' sequence classification), not logits for tokens."""
+    return type(model).__name__.endswith(SCORING)
+
+
+def heads(model: PreTrainedModel) -> list[str]:
+    """Name the modules of a model of scores that turn hidden states into scores: all outside its backbone, and a pooler."""
+    inner = backbone(model)
+    found = {f"{model.base_model_prefix}.{POOLER}": getattr(inner, POOLER, None)}
+    found |= {name: module for name, module in model.named_children() if module is not inner}
+    return [name for name, module in found.items() if module is not None and list(module.parameters())]
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Give the most tokens of a text that the model has positions for; None where nothing limits it."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = getattr(getattr(backbone(model), "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)  # positions of RoBERTa begin behind that of padding
+    return longest - offset - 1 if longest and offset is not None else longest
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -221,21 +276,52 @@ def _tokenizer(folder: Path, trust_remote_code: bool, needed: bool) -> PreTraine
     return found
 
 
-def _auto_class(settings: PreTrainedConfig) -> Any:
+def _auto_class(settings: PreTrainedConfig, scoring: bool) -> Any:
+    if scoring:
+        return AutoModelForSequenceClassification
     masked = any(name.endswith("ForMaskedLM") for name in settings.architectures or ())
     return AutoModelForMaskedLM if masked else AutoModelForCausalLM
 
 
-def draw_model(folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def draw_model(
+    folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, *, scoring: bool = False
+) -> Any:
     """Make a model of its settings, its weights drawn. Raises ModelError where Transformers cannot."""
     try:
-        return _auto_class(settings).from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _auto_class(settings, scoring).from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, RuntimeError) as error:  # no such task for this family; sizes that do not go together
         raise ModelError(
             f"Transformers cannot make this model: {str(error).strip().splitlines()[0]}",
             where=str(folder / "config.json"),
-            fix="use the config.json of a causal or masked language model",
+            fix=f"use the config.json of a {_wanted(scoring)}",
         ) from None
+
+
+def _wanted(scoring: bool) -> str:
+    return "family that Transformers has sequence classification for" if scoring else "causal or masked language model"
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Give the model a padding token that ends no text: decoders of Transformers score the last token that is no padding."""
+    text = model.config.get_text_config()
+    ends = getattr(tokenizer, "eos_token_id", None)
+    ends = getattr(text, "eos_token_id", None) if ends is None else ends
+    ends = ends if isinstance(ends, list) else [ends]
+    if getattr(text, "pad_token_id", None) is None or text.pad_token_id in ends:
+        own = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "unk", "bos")]
+        fit = [token for token in (*own, *range(len(ends) + 1)) if token is not None and token not in ends]
+        text.pad_token_id = model.config.pad_token_id = fit[0]
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep Transformers from listing what a head does not find: it is drawn, and what else is missing is refused."""
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def _read_model(
@@ -245,7 +331,9 @@ def _read_model(
     device: torch.device,
     quantize: str | None,
     trust_remote_code: bool,
-) -> PreTrainedModel:
+    *,
+    scoring: bool = False,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     named: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if quantize is not None:
         named["device_map"] = {"": device}
@@ -255,18 +343,22 @@ def _read_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=HEADS if scoring else None,
         )
     try:
-        model, report = _auto_class(settings).from_pretrained(
-            folder, config=settings, output_loading_info=True, **named
-        )
+        with _without_load_report() if scoring else nullcontext():
+            model, report = _auto_class(settings, scoring).from_pretrained(
+                folder, config=settings, output_loading_info=True, **named
+            )
     except (ValueError, RuntimeError) as error:  # no such task for this family; other shapes than config.json says
         raise ModelError(
             f"Transformers cannot load this model: {str(error).strip().splitlines()[0]}",
             where=str(folder),
-            fix="use a causal or masked language model whose weights belong to its config.json",
+            fix=f"use a {_wanted(scoring)}, with weights that belong to its config.json",
         ) from None
-    missing = sorted(report["missing_keys"])
+    inside = f"{model.base_model_prefix}."
+    drawn = tuple(sorted(report["missing_keys"]))
+    missing = [n for n in drawn if not scoring or (n.startswith(inside) and not n.startswith(f"{inside}{POOLER}."))]
     if missing:
         raise ModelError(
             f"{len(missing)} weights are missing from the files, {missing[0]} for one; they would be random",
@@ -274,7 +366,7 @@ def _read_model(
             fix="copy or download the model again, or correct `architectures` in config.json",
         )
     found: PreTrainedModel = model if quantize is not None else model.to(device)
-    return found
+    return found, drawn
 
 
 def _use_own_attention(model: PreTrainedModel) -> None:

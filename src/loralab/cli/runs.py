@@ -75,8 +75,8 @@ def runs(root: Runs = "runs", as_json: AsJson = False) -> None:
     elif found.empty:
         console().print(f"no runs in {root}")
     else:
-        columns = ["folder", "method", "rank", "learning_rate", "state", "step", "learning", "forgetting", "wall_s"]
-        columns = [name for name in columns if name in found]
+        columns = ["folder", "method", "rank", "learning_rate", "state", "step", "learning", "learned_by", "forgetting"]
+        columns = [name for name in [*columns, "wall_s"] if name in found]
         console().print(table(columns, found[columns].astype(object).values.tolist()))
 
 

@@ -17,6 +17,11 @@ from loralab.run.folder import RunFolder, read_lines
 PLAIN_LINES = 20
 """About how many progress lines a run prints where there is no terminal."""
 
+LITTLE = ("majority", "majority_change", "brier", "reward_sd", "margin_sd", "label_sd", "longer_wins", "longer_chosen")
+"""Measures that the screen leaves to the files: they say little of how a run goes on."""
+LEVELS = ("/accuracy", "/auc", "/pearson", "/loss", "policy/reward", "policy/held_out")
+"""Endings of the scores that stand on the board."""
+
 UNDER_WAY = ("waiting", "new", "running")
 BROKEN_OFF = ("interrupted", "diverged")
 """A run found like this at the first look ended in an earlier call, and goes on in this one."""
@@ -113,20 +118,20 @@ class Board:
         """Read the folders (in the order of the names) and show how far each run is."""
         found = [(name, *_progress(folder)) for name, folder in zip(self.names, folders, strict=True)]
         if self._live:
-            lines = [[escape(cell) for cell in (name, *cells)] for name, _, *cells in found]
+            lines = [[escape(cell.removeprefix("loss ")) for cell in (name, *cells)] for name, _, *cells in found]
             self._live.update(table(("run", "state", "step", "loss", "last probe"), lines))
             return
-        for name, mark, state, step, loss, scores in found:
+        for name, mark, state, step, aim, scores in found:
             if name not in self._said:
                 self._said[name] = mark if state in BROKEN_OFF else ""
             if state not in UNDER_WAY and self._said[name] != mark:
                 self._said[name] = mark
-                how_far = f", step {step}, loss {loss}  {scores}" if step else ""
+                how_far = f", step {step}, {aim}  {scores}" if step else ""
                 self.out.print(f"{name}: {state}{how_far}", markup=False)
 
 
 def _progress(folder: RunFolder) -> tuple[str, str, str, str, str]:
-    """Give a mark of the status as written, state, step, loss and last scores of a run as they stand on disk."""
+    """Give a mark of the status as written, state, step, loss or reward, and last scores of a run as they stand on disk."""
     try:
         if not folder.status.exists():
             return "", "waiting", "", "", ""
@@ -137,10 +142,10 @@ def _progress(folder: RunFolder) -> tuple[str, str, str, str, str]:
     state = str(status["state"])
     mark = f"{state} {status.get('updated')}"
     last = {str(line.get("name")): line["value"] for line in scores if line["step"] == scores[-1]["step"]}
-    said = scores_text({name: value for name, value in last.items() if name.endswith(("/accuracy", "/loss"))})
+    said = scores_text({name: value for name, value in last.items() if name.endswith(LEVELS)})
     if not steps:
         return mark, state, "", "", said
-    return mark, state, f"{steps[-1]['step']}/{status.get('total_steps', '?')}", f"{steps[-1]['loss']:.3f}", said
+    return mark, state, f"{steps[-1]['step']}/{status.get('total_steps', '?')}", _aim(steps[-1], ".3f"), said
 
 
 def _numbers(path: Path, key: str) -> list[dict[str, Any]]:
@@ -176,11 +181,26 @@ def _step_text(line: dict[str, Any]) -> str:
         return ""
     rate = max(line["learning_rate"].values())
     return (
-        f"loss {line['loss']:.4f}  |g| {line['gradient_norm']:.3g}  lr {rate:.2e}  "
+        f"{_aim(line, '.4f')}  |g| {line['gradient_norm']:.3g}  lr {rate:.2e}  "
         f"{line['tokens_per_s']:,.0f} tokens/s  {size(line['peak_bytes'])}"
     )
 
 
+def _aim(line: Mapping[str, Any], form: str) -> str:
+    """Write what training aims at: the loss, of judges with the share judged right; of a policy the reward and its price.
+
+    The loss of a policy says nothing of how it goes: its answers change with it.
+    """
+    keys = {"reward": "reward", "kl": "KL", "entropy": "entropy", "length": "tokens"}
+    if isinstance(line.get("reward"), int | float):
+        found = [f"{word} {line[key]:{form}}" for key, word in keys.items() if isinstance(line.get(key), int | float)]
+        return "  ".join(found)
+    right = line.get("accuracy")
+    said = f"  accuracy {right:{form}}" if isinstance(right, int | float) else ""
+    return f"loss {line['loss']:{form}}{said}"
+
+
 def scores_text(scores: dict[str, float]) -> str:
     """Write the scores of whole texts and tasks; those of single skills, with two slashes, stand in the files."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name.count("/") < 2)
+    told = {name: value for name, value in scores.items() if name.count("/") < 2}
+    return "  ".join(f"{name} {value:.4f}" for name, value in told.items() if name.rpartition("/")[2] not in LITTLE)

@@ -15,7 +15,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from loralab.base.model import heads, scores_texts
 from loralab.delta.layers import misfits, unwrapped
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError
@@ -68,9 +70,23 @@ def save_lowrank(folder: Path, delta: Delta, base_path: str, *, model: nn.Module
 
 def _neighbours(delta: Delta, model: nn.Module | None) -> dict[str, Tensor]:
     """Give all that a module holds of which a part was trained whole: PEFT loads such a module whole or not at all."""
-    modules = {name.rpartition(".")[0] for name in delta.whole} - set(delta)
+    modules = _saved_modules(delta, model)
     found = {} if model is None else {name: model.get_submodule(name).state_dict() for name in modules}
     return {f"{name}.{leaf}": value for name, held in found.items() for leaf, value in held.items()}
+
+
+def _saved_modules(delta: Delta, model: nn.Module | None) -> set[str]:
+    """Name the modules that hold what was trained whole beside the pairs; of a head that has parts, the head itself."""
+    modules = {name.rpartition(".")[0] for name in delta.whole} - set(delta)
+    tops = heads(model) if isinstance(model, PreTrainedModel) and scores_texts(model) else []
+    return {next((top for top in tops if f"{name}.".startswith(f"{top}.")), name) for name in modules}
+
+
+def task_type(model: nn.Module | None) -> str | None:
+    """Name PEFT's kind of task."""
+    if model is not None and scores_texts(model):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if model is None or hasattr(model, "prepare_inputs_for_generation") else None
 
 
 def _adapter_json(delta: Delta, base_path: str, model: nn.Module | None) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def _adapter_json(delta: Delta, base_path: str, model: nn.Module | None) -> dict
     layers = {} if model is None else unwrapped(model)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if model is None or hasattr(model, "prepare_inputs_for_generation") else None,
+        "task_type": task_type(model),
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
@@ -92,7 +108,7 @@ def _adapter_json(delta: Delta, base_path: str, model: nn.Module | None) -> dict
         "use_rslora": False,
         "fan_in_fan_out": any(type(layers.get(name)).__name__ == "Conv1D" for name in pairs),
         "target_modules": _short_names(list(pairs), list(layers)),
-        "modules_to_save": sorted(whole - set(pairs)) or None,
+        "modules_to_save": sorted(_saved_modules(delta, model)) or None,
         "rank_pattern": {_exactly(name): pair.rank for name, pair in pairs.items() if pair.rank != rank},
         "alpha_pattern": {
             _exactly(name): pair.scale * pair.rank for name, pair in pairs.items() if pair.scale * pair.rank != alpha

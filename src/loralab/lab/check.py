@@ -4,14 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from loralab.base.device import peak_bytes
+from loralab.base.labelled import LabelledCorpus
 from loralab.base.model import Base
 from loralab.base.text import StopProof, pieces, prove_stop
 from loralab.lab.experiment import loop_of
 from loralab.lab.objectives import prepare
-from loralab.lab.prepare import Data
+from loralab.lab.policy import PolicyData
+from loralab.lab.prepare import Data, Inputs
+from loralab.lab.scored import LabelledData
 from loralab.methods.base import Attachment, Knot
 from loralab.spec.spec import RunSpec
 from loralab.training.checkpoint import State
@@ -80,9 +86,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
     prepared = prepare(spec)
     base, data = prepared.base, prepared.data
     assert base.tokenizer is not None
-    assert isinstance(data, Data)
-    corpus = data.train
-    sample = [corpus[i] for i in range(min(STOP_SAMPLE, len(corpus)))]
+    sample = [data.train[i] for i in range(min(STOP_SAMPLE, len(data.train)))] if isinstance(data, Data) else []
     before = peak_bytes()
     if measure:
         loop_of(spec, prepared, total_steps=2).run(_NoWatch())
@@ -90,13 +94,52 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         spec,
         prepared.attachment,
         prepared.data.report,
-        [pieces(example, base.tokenizer) for example in sample[:num_examples]],
+        _examples(data, base.tokenizer, num_examples),
         prove_stop(sample, base.tokenizer),
         estimate(spec, base, prepared.attachment),
         prepared.total_steps,
-        {f"{role} {one.skill}": one.facts for role, exams in data.exams.items() for one in exams},
+        {f"{role} {one.skill}": one.facts for role, exams in getattr(data, "exams", {}).items() for one in exams},
         peak_bytes() - before if measure else None,
     )
+
+
+def _examples(data: Inputs, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[tuple[str, bool]]]:
+    """Cut the first examples into runs of (text, whether it is learned from): answers, or what a text was judged to be."""
+    if isinstance(data, Data):
+        return [pieces(data.train[i], tokenizer) for i in range(min(count, len(data.train)))]
+    if isinstance(data, LabelledData):
+        return [_judged(data.train, i, tokenizer) for i in range(min(count, len(data.train)))]
+    if isinstance(data, PolicyData):
+        return [[(asked.text, False)] for asked in data.train.asked[:count]]
+    return []
+
+
+def _judged(corpus: LabelledCorpus, index: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Show what was judged and how: of a pair the prompt, then both answers; of others what the label says."""
+    example = corpus[index]
+    label = corpus.classes[int(example.label)] if corpus.classes else f"{example.label:g}"
+    if corpus.kind == "pairs":
+        shared, chosen, rejected = np.split(example.tokens, np.cumsum(example.segments)[:-1])
+        # What both begin with may reach into the answers: those begin where they count from.
+        prompt = shared[: len(shared) + len(chosen) - example.answers[0]]
+        sides = [np.concatenate([shared, side])[len(prompt) :] for side in (chosen, rejected)]
+        told = [
+            f"\n  {name}: {_text(side, tokenizer)}" for name, side in zip(("chosen", "rejected"), sides, strict=True)
+        ]
+        margin = [(f"\n  margin: {label}", True)] if example.label else []
+        return [(_text(prompt, tokenizer), False), *((text, True) for text in told), *margin]
+    if corpus.kind == "thumbs":
+        start, label = len(example) - example.answers[0], "up" if example.label else "down"
+        parts = [(_text(example.tokens[:start], tokenizer), False), (_text(example.tokens[start:], tokenizer), True)]
+    else:
+        parts = [(_text(example.tokens, tokenizer), False)]
+    return [*parts, (f"\n  label: {label}", True)]
+
+
+def _text(tokens: NDArray[np.uint32], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 class _NoWatch:

@@ -28,20 +28,36 @@ COLUMNS = [
     "general_loss_base",
     "general_loss_end",
     "learning",
+    "learned_by",
     "forgetting",
     "trained_share",
     "wall_s",
     "peak_bytes",
     "reason",
 ]
-_WORDS = ("folder", "name", "method", "model", "state", "reason")
+_WORDS = ("folder", "name", "method", "model", "state", "learned_by", "reason")
+
+LOSS = "loss, nats per token"
+LEARNED_BY: dict[str, tuple[tuple[str, str, float | None], ...]] = {
+    "text": (),
+    "reward": (("target/auc", "AUC over chance", 0.5), ("target/majority_change", "accuracy over the baseline", 0.0)),
+    "classify": (
+        ("target/majority_change", "accuracy over the commonest label", 0.0),
+        ("target/pearson", "Pearson correlation", 0.0),
+    ),
+    "policy": (("policy/held_out", "held-out reward", None), ("policy/reward", "reward", None)),
+}
+"""What tells that a run of an objective learned, the most telling first: a score at the end, what it is in words, and the
+level it is held against, None for that of the base. A loss of rewards or of a policy is no loss of text.
+"""
 
 
 def index(root: str | Path = "runs") -> pd.DataFrame:
     """Read every run folder below `root` into one table, a row per folder, sorted by folder.
 
-    Learning is the fall of the target's validation loss from the base to the end, forgetting the rise of the general
-    loss, both in nats per token. A state of `running` is shown only while a living process owns the folder, else it is
+    Learning is the fall of the target's validation loss from the base to the end, in nats per token; of a reward model, a
+    classifier or a policy what `learned_by` says. Forgetting is the rise of the general loss, in nats per token. The end is
+    the step of the weights that were kept. A state of `running` is shown only while a living process owns the folder, else it is
     `interrupted`. A folder that cannot be read has the state `damaged`, with the reason in the last column.
 
     Returns:
@@ -82,8 +98,10 @@ def read_spec(path: Path) -> tuple[str, dict[str, Any]]:
 def _row(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"folder": path.name}
     try:
-        for read in (_of_spec, _of_status, _of_scores):
-            row |= read(RunFolder(path))
+        folder = RunFolder(path)
+        for read in (_of_spec, _of_status):
+            row |= read(folder)
+        row |= _of_scores(folder, str(row.pop("objective")), row.pop("delta_step"))
     except FolderError as error:
         where = f" ({error.where})" if error.where else ""
         row |= {"state": "damaged", "reason": f"{error.what}{where}"}
@@ -92,8 +110,9 @@ def _row(path: Path) -> dict[str, Any]:
 
 def _of_spec(folder: RunFolder) -> dict[str, Any]:
     _, spec = read_spec(folder.spec)
-    optimizer = spec.get("optimizer")
+    optimizer, objective = spec.get("optimizer"), spec.get("objective")
     return {
+        "objective": (objective.get("name") if isinstance(objective, dict) else None) or "text",
         "name": spec.get("name"),
         "method": spec["method"].get("name"),
         "rank": spec["method"].get("rank"),
@@ -110,6 +129,7 @@ def _of_status(folder: RunFolder) -> dict[str, Any]:
     return {
         **{key: status.get(key) for key in plain},
         "trained_share": _share(status),
+        "delta_step": status.get("delta_step"),
         "reason": status.get("end") or status.get("message"),
     }
 
@@ -121,19 +141,35 @@ def _share(status: Mapping[str, Any]) -> float | None:
     return trained / total
 
 
-def _of_scores(folder: RunFolder) -> dict[str, float | None]:
-    """Read losses at step 0 (the base) and at the last step; what was not measured is None."""
+def _of_scores(folder: RunFolder, objective: str, delta_step: Any) -> dict[str, Any]:
+    """Read levels at step 0 (the base) and at the end; what was not measured is None."""
     scores = read_lines(folder.scores)
+    if isinstance(delta_step, int):  # the weights of an earlier checkpoint were put back
+        scores = [score for score in scores if not isinstance(score.get("step"), int) or score["step"] <= delta_step]
     target_base, target_end = _ends(scores, "target/loss")
     general_base, general_end = _ends(scores, "general/loss")
+    learning, learned_by = _difference(target_base, target_end), LOSS
+    if objective in LEARNED_BY and objective != "text":
+        learning, learned_by = _learned(scores, objective)
     return {
         "target_loss_base": target_base,
         "target_loss_end": target_end,
         "general_loss_base": general_base,
         "general_loss_end": general_end,
-        "learning": _difference(target_base, target_end),
+        "learning": learning,
+        "learned_by": None if learning is None else learned_by,
         "forgetting": _difference(general_end, general_base),
     }
+
+
+def _learned(scores: list[dict[str, Any]], objective: str) -> tuple[float | None, str]:
+    """Give what a run that is not of text learned, by the first of its measures that was taken, and that measure."""
+    for name, words, level in LEARNED_BY[objective]:
+        base, end = _ends(scores, name)
+        learned = _difference(end, base if level is None else level)
+        if learned is not None:
+            return learned, words
+    return None, ""
 
 
 def _ends(scores: list[dict[str, Any]], name: str) -> tuple[float | None, float | None]:

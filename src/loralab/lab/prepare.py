@@ -11,7 +11,7 @@ import torch
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Feed
 from loralab.base.hub import find
-from loralab.base.model import Base, load
+from loralab.base.model import Base, load, longest_text
 from loralab.base.packing import pack
 from loralab.base.sources import Source, Template, local_files
 from loralab.base.stream import StreamingFeed, tokenise_head
@@ -119,7 +119,7 @@ def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:
     head = LanguageHead(base.model, objective.chunk)
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
-    _refuse_short(spec, total)
+    refuse_short(spec, total)
     data = replace(data, exams=_exams(spec, head, base))
     texts = text_probes(spec.probes, data.validation, data.general, head, method.without)
     probes: list[Probe] = [*texts, *task_probes(data.tasks, data.exams, head, base)]
@@ -152,7 +152,7 @@ def refuse_missing_files(spec: RunSpec) -> None:
     except LoralabError as error:
         problems.append(error)
     for sources in (spec.data.train, spec.data.validation, spec.data.general):
-        for source in _sources(sources, "auto", None):
+        for source in sources_of(sources, "auto", None):
             try:
                 local_files(source)
                 if sources is not spec.data.general:
@@ -182,21 +182,26 @@ def _refuse_split(path: str, *, is_training: bool) -> None:
         raise DataError("training rows are no validation: without a split, rows are of `train`", where=path, fix=fix)
 
 
-def load_base(spec: RunSpec) -> Base:
-    """Load the base and refuse sequences longer than it can read, and full fine-tuning of a quantised one."""
+def load_base(spec: RunSpec, outputs: int | None = None) -> Base:
+    """Load the base and refuse sequences longer than it can read, and full fine-tuning of a quantised one.
+
+    Args:
+        spec: of the run.
+        outputs: scores that the model gives for a text; None is a language model, which must look back alone.
+    """
     if spec.model.quantize and spec.method.name == "full":
         fix = "drop model.quantize, or choose a low-rank method"
         raise SpecError([LoralabError("a quantised base cannot move", where="model.quantize", fix=fix)])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)  # of model.random_init
-        base = load(**spec.model.model_dump())
-    if type(base.model).__name__.endswith("MaskedLM"):
+        torch.manual_seed(spec.seed)  # of model.random_init, and of a new head
+        base = load(**spec.model.model_dump(), outputs=outputs)
+    if outputs is None and type(base.model).__name__.endswith("MaskedLM"):
         raise ModelError(
             f"{type(base.model).__name__} reads both ways: predicting the next token means nothing to it",
             where="model.path",
             fix="take a causal language model",
         )
-    longest = getattr(base.model.config, "max_position_embeddings", None)
+    longest = longest_text(base.model)
     if longest and spec.data.max_length > longest:
         raise ModelError(
             f"sequences of {spec.data.max_length} tokens exceed the {longest} positions of this model",
@@ -227,11 +232,11 @@ def read_data(spec: RunSpec, base: Base) -> Data:
         "seed": spec.seed,
     }
     # Form and template describe the target's rows; general text is of another kind and says its own, if any.
-    validation = corpus(_sources(data.validation, data.form, data.template))
-    general = corpus(_sources(data.general, "auto", None))
+    validation = corpus(sources_of(data.validation, data.form, data.template))
+    general = corpus(sources_of(data.general, "auto", None))
     named = {role: [task for task in written if has_items(task)] for role, written in _roles(spec).items()}
     tasks = {role: read_tasks(written) for role, written in named.items() if written}
-    training = _sources(data.train, data.form, data.template)
+    training = sources_of(data.train, data.form, data.template)
     if data.streaming:
         head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
         if validation is None and data.validation_share > 0:
@@ -260,7 +265,7 @@ def _exams(spec: RunSpec, head: LanguageHead, base: Base) -> dict[str, list[Exam
     return {role: exam_probes(role, tasks, engine) for role, tasks in named.items() if tasks}
 
 
-def _sources(sources: Sequence[SourceSpec] | None, form: str, template: TemplateSpec | None) -> list[Source]:
+def sources_of(sources: Sequence[SourceSpec] | None, form: str, template: TemplateSpec | None) -> list[Source]:
     """Turn specs of sources into sources; `form` and `template` hold where a source says nothing itself."""
     made = []
     for source in sources or ():
@@ -279,14 +284,20 @@ def _sources(sources: Sequence[SourceSpec] | None, form: str, template: Template
 
 def _total_steps(spec: RunSpec, data: Data) -> int:
     feed = data.feed
-    if spec.train.steps is not None:
-        return spec.train.steps
-    if isinstance(feed, StreamingFeed):
+    if isinstance(feed, StreamingFeed) and spec.train.steps is None:
         assert spec.train.tokens is not None
         # How full the sequences of a stream will be is seen at its head.
         lengths = data.train.lengths
         filled = float(lengths.sum()) / len(pack(lengths.tolist(), spec.data.max_length))
         return max(1, ceil(spec.train.tokens / (spec.train.batch_size * filled)))
+    return steps_over(spec, feed)
+
+
+def steps_over(spec: RunSpec, feed: Feed | StreamingFeed) -> int:
+    """Count the optimizer steps of a run; of a stream only where they are given."""
+    if spec.train.steps is not None:
+        return spec.train.steps
+    assert isinstance(feed, Feed)
     if spec.train.epochs is not None:
         return feed.num_steps(spec.train.epochs)
     assert spec.train.tokens is not None
@@ -299,7 +310,7 @@ def _refuse_unpackable(spec: RunSpec, head: LanguageHead) -> None:
         raise head.unpackable()
 
 
-def _refuse_short(spec: RunSpec, total_steps: int) -> None:
+def refuse_short(spec: RunSpec, total_steps: int) -> None:
     """Refuse a run that ends before its schedule has risen and fallen."""
     warmup, cooldown = steps_of(spec.schedule.warmup, total_steps), 0
     if isinstance(spec.schedule, InverseSqrtSpec):

@@ -110,7 +110,7 @@ def _fingerprint(point: Path) -> str | None:
 
 
 def _tensors(point: Path) -> dict[str, Tensor]:
-    """Read the method's tensors and verify them; the optimizer's stay on disk, and a value model beside a policy is no part of it."""
+    """Read the method's tensors and verify them. The optimizer's stay on disk; a value model beside a policy is none of them."""
     data = (point / METHOD).read_bytes() if (point / METHOD).is_file() else b""
     if hashlib.sha256(data).hexdigest() != read_json(point / MANIFEST).get("sha256", {}).get(METHOD):
         fix = "take another checkpoint of the run"

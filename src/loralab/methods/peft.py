@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.base.model import Base
 from loralab.delta.lowrank import Delta, Dense, LayerDelta
+from loralab.delta.store import task_type
 from loralab.errors import DeltaError, LoralabError, SpecError, TargetError, did_you_mean
 from loralab.methods.base import Attachment, OneStage, ParamGroup, Wanted, all_wanted, count, count_all, split_vectors
 
@@ -109,8 +110,7 @@ class Peft(OneStage):
             problems.append(LoralabError(what, where="method.keys.init_lora_weights", fix="choose another start"))
         if problems:
             raise SpecError(problems)
-        causal = hasattr(self._base.model, "prepare_inputs_for_generation")
-        given = {"task_type": "CAUSAL_LM" if causal else None}
+        given: dict[str, Any] = {"task_type": task_type(self._base.model)}
         # A tuner that names its feed-forward layers too (IA3) has defaults for both, by family.
         if "target_modules" in kind.__dataclass_fields__ and "feedforward_modules" not in kind.__dataclass_fields__:
             given["target_modules"] = "all-linear"

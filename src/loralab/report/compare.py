@@ -1,8 +1,4 @@
-"""Runs put side by side: which belong together, what each learned and lost, and which differences are ties.
-
-Legend: a change is the tuned model minus the base, paired by item. Learning is the change of the target in the good
-direction, forgetting the change of the source in the bad one, so that both are usually above 0.
-"""
+"""Runs put side by side: which belong together, what they are called, and which differences are ties."""
 
 import math
 from collections.abc import Sequence
@@ -10,50 +6,26 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from loralab.evals.stats import NoiseFloor, Score, ratio_mean, skill_scores, t95
+import numpy as np
+import pandas as pd
+
+from loralab.evals.judgement import areas_apart
+from loralab.evals.stats import NoiseFloor, Score, ratio_mean, skill_scores
+from loralab.report.measures import (
+    AREA,
+    FORGETTING,
+    LEARNING,
+    LEARNING_BY,
+    NATS,
+    RANKED,
+    RIGHT,
+    Side,
+    View,
+    change,
+    half_width,
+    level,
+)
 from loralab.report.read import Run, finite, printable, source_name
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to measure learning or forgetting.
-
-    Attributes:
-        level: name of the score that is measured on base and tuned model.
-        change: name of its paired change.
-        sign: +1 or −1; sign · change is the learning or the forgetting.
-        unit: of the level.
-        phrase: what the level says, in words.
-        way: the kind of measurement, in words.
-    """
-
-    level: str
-    change: str
-    sign: int
-    unit: str
-    phrase: str
-    way: str
-
-
-SHARE, NATS = "share of items", "nats per token"
-LEARNING = (
-    Side("target/accuracy", "target/accuracy_change", 1, SHARE, "answered right", "right answers"),
-    Side("target/choice", "target/choice_change", 1, SHARE, "right by multiple choice", "multiple choice"),
-    Side("target/loss", "target/loss_rise", -1, NATS, "loss", "loss"),
-)
-FORGETTING = (
-    Side("source/accuracy", "source/accuracy_change", -1, SHARE, "answered right", "right answers"),
-    Side("source/choice", "source/choice_change", -1, SHARE, "right by multiple choice", "multiple choice"),
-    Side("general/loss", "general/loss_rise", 1, NATS, "loss", "loss"),
-)
-
-
-@dataclass(frozen=True)
-class View:
-    """One way to look at a comparison: a measure of learning and one of forgetting; either may be missing."""
-
-    learning: Side | None
-    forgetting: Side | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +46,11 @@ class Comparison:
     labels: dict[str, str] = field(default_factory=dict)
 
     @property
+    def objective(self) -> str:
+        """What was optimised: `text`, `classify`, `reward` or `policy`."""
+        return self.runs[0].objective
+
+    @property
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.state == "done"]
 
@@ -83,10 +60,15 @@ class Comparison:
     @property
     def views(self) -> list[View]:
         """Answers first, then multiple choice, then losses, as far as they were measured; none if nothing was."""
-        learning = [side for side in LEARNING if any(level(run, side) for run in self.runs)]
+        sides = LEARNING_BY.get(self.objective, LEARNING)
+        learning = [side for side in sides if any(level(run, side) for run in self.runs)]
         forgetting = [side for side in FORGETTING if any(level(run, side) for run in self.runs)]
         first = View(learning[0] if learning else None, forgetting[0] if forgetting else None)
         found = [first]
+        if self.objective != "text":
+            found += [View(side, first.forgetting) for side in learning[1:]]
+            found += [View(first.learning, side) for side in forgetting[1:]]
+            return [view for i, view in enumerate(found) if view not in (*found[:i], View(None, None))]
         if FORGETTING[1] in forgetting:
             found.append(View(LEARNING[1] if LEARNING[1] in learning else first.learning, FORGETTING[1]))
         found.append(
@@ -107,24 +89,28 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             unknown.append(run)
             continue
         held_out = run.data_marks.get("validation", run.data_marks.get("train", ""))
-        groups.setdefault((run.target_data, mark, held_out), []).append(run)
+        groups.setdefault((run.target_data, mark, held_out, run.objective), []).append(run)
     for run in unknown:  # it never began; it belongs where its spec would have put it
         same = (key for key, group in groups.items() if _meant_for(run, group[0]))
-        groups.setdefault(next(same, (run.target_data, str(run.at("model.path")), "")), []).append(run)
+        alone = (run.target_data, str(run.at("model.path")), "", run.objective)
+        groups.setdefault(next(same, alone), []).append(run)
     names = [key[0] for key in groups]
     made = []
     for key, group in sorted(groups.items()):
         base = printable(source_name(str(group[0].at("model.path"))))
-        name = key[0] if names.count(key[0]) == 1 else f"{key[0]} ({base} {key[1][:4]}, data {key[2][:4]})"
+        kind = "" if key[3] == "text" else f"{OBJECTIVE_NAMES.get(key[3], key[3])}, "
+        name = key[0] if names.count(key[0]) == 1 else f"{key[0]} ({kind}{base} {key[1][:4]}, data {key[2][:4]})"
         ordered = sorted(group, key=_order)
         made.append(Comparison(name, base, group[0].base_mark, ordered, labels_of(ordered)))
     return made
 
 
 def _meant_for(run: Run, other: Run) -> bool:
-    return run.target_data == other.target_data and run.at("model.path") == other.at("model.path")
+    mine, theirs = ((one.target_data, one.objective, one.at("model.path")) for one in (run, other))
+    return mine == theirs
 
 
+OBJECTIVE_NAMES = {"classify": "classifier", "reward": "reward model", "policy": "reinforcement"}
 METHOD_ORDER = ("full", "lora", "lora_plus", "cola", "peft")
 METHOD_NAMES = {"full": "full", "lora": "LoRA", "lora_plus": "LoRA+", "cola": "COLA", "peft": "PEFT"}
 
@@ -156,6 +142,10 @@ TELLING = {
     "method.alpha": "α",
     "method.ratio": "ratio",
     "train.batch_size": "batch",
+    "objective.beta": "β",
+    "objective.samples": "samples",
+    "objective.centre": "centre",
+    "objective.algorithm": "",
 }
 """Keys that tell runs of the same method and rank apart, with their short names."""
 
@@ -169,7 +159,7 @@ def labels_of(runs: Sequence[Run]) -> dict[str, str]:
     for label, group in groups.items():
         keys = [key for key in TELLING if len({str(run.at(key)) for run in group}) > 1]
         for run in group:
-            parts = [f"{TELLING[key]} {run.at(key):g}" for key in keys if isinstance(run.at(key), int | float)]
+            parts = [_told(TELLING[key], run.at(key)) for key in keys if isinstance(run.at(key), int | float | str)]
             labels[run.folder] = ", ".join([label, *parts])
     taken: set[str] = set()
     for folder, label in labels.items():
@@ -179,35 +169,8 @@ def labels_of(runs: Sequence[Run]) -> dict[str, str]:
     return labels
 
 
-def level(run: Run, side: Side, when: str = "after") -> Score | None:
-    """Give the level of a run's `base` or `after`."""
-    found: dict[str, Score] = getattr(run, when)
-    return found.get(side.level)
-
-
-def change(run: Run, side: Side | None) -> Score | None:
-    """Give learning or forgetting: the paired change if it was recorded, else the difference, then without error."""
-    if side is None:
-        return None
-    found = run.after.get(side.change)
-    if found is not None:
-        return Score(side.change, side.sign * found.value, side.unit, found.n, found.standard_error)
-    base, after = level(run, side, "base"), level(run, side)
-    if base is None or after is None:
-        return None
-    return Score(side.change, side.sign * (after.value - base.value), side.unit, after.n, None)
-
-
-def half_width(score: Score | None) -> float | None:
-    """Give half the 95 % interval (Student's t over the items), None without a standard error.
-
-    Where all items came out alike, the longer side of the interval that keeps a width (`Score.interval`).
-    """
-    if score is None or score.standard_error is None or score.n < 2:
-        return None
-    if score.standard_error == 0 and (ends := score.interval()) is not None:
-        return max(score.value - ends[0], ends[1] - score.value)
-    return t95(score.n - 1) * score.standard_error
+def _told(name: str, value: int | float | str) -> str:
+    return f"{name} {value if isinstance(value, str) else format(value, 'g')}".strip()
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -243,13 +206,15 @@ def difference(first: Run, second: Run, side: Side) -> Score | None:
 
 
 def _paired(first: Run, second: Run, side: Side) -> Score | None:
-    probe = side.level.removesuffix("/loss")
+    probe = "target" if side in (RANKED, RIGHT) else side.level.removesuffix("/loss")
     if first.items is None or second.items is None:
         return None
     a, b = (items[items["probe"] == probe].reset_index(drop=True) for items in (first.items, second.items))
-    same = [name for name in ("item", "num_tokens", "skill", "prompt") if name in a and name in b]
+    same = [name for name in ("item", "num_tokens", "skill", "prompt", "label") if name in a and name in b]
     if a.empty or not a[same].equals(b[same]):
         return None
+    if side == RANKED:
+        return _areas_apart(a, b)
     if side.unit == NATS:
         value, error = ratio_mean(
             (a["tuned_loss_sum"] - b["tuned_loss_sum"]).to_numpy(float), a["num_tokens"].to_numpy(float)
@@ -262,6 +227,19 @@ def _paired(first: Run, second: Run, side: Side) -> Score | None:
     else:
         return None
     return Score(side.change, side.sign * value, side.unit, len(a), error) if math.isfinite(value) else None
+
+
+def _areas_apart(a: pd.DataFrame, b: pd.DataFrame) -> Score | None:
+    """Compare two areas under the ROC curve on the same items; None where the rewards were not kept."""
+    if not {"reward", "label"} <= set(a.columns) & set(b.columns):
+        return None
+    mine, other, labels = (
+        pd.to_numeric(x, errors="coerce").to_numpy(float) for x in (a["reward"], b["reward"], a["label"])
+    )
+    if not np.isfinite([mine, other, labels]).all():
+        return None
+    found = areas_apart(mine, other, labels > 0.5)
+    return None if found is None else Score(RANKED.change, found[0], AREA, len(a), found[1])
 
 
 def tied(first: Run, second: Run, side: Side, luck: NoiseFloor | None = None) -> bool:

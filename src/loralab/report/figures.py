@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from loralab.evals.stats import Score
-from loralab.report.compare import NATS, Comparison, Side, View, change, frontier, half_width
+from loralab.report.compare import Comparison, frontier
 from loralab.report.drawing import (
     BASE_COLOUR,
     PAPER,
@@ -18,6 +18,7 @@ from loralab.report.drawing import (
     shape,
 )
 from loralab.report.labels import Box, place_labels
+from loralab.report.measures import NATS, Side, View, change, half_width
 from loralab.report.read import Run
 from loralab.report.wording import measured
 
@@ -70,7 +71,7 @@ def plane(comparison: Comparison, view: View, name: str) -> Drawn | None:
 
 
 def _axis_unit(side: Side) -> str:
-    return "nats per token" if side.unit == NATS else f"share {side.phrase}"
+    return "nats per token" if side.unit == NATS else side.words
 
 
 def _both(learned: Score, lost: Score) -> str:

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from loralab.report.compare import NATS, Comparison, Side, change, level
+from loralab.report.compare import Comparison
 from loralab.report.drawing import BASE_COLOUR, canvas, colour, marker_size, shape
 from loralab.report.figures import Drawn
 from loralab.report.labels import place_labels
+from loralab.report.measures import NATS, Side, change, level
 from loralab.report.read import Run
 from loralab.report.spectra import Subject, dot
 from loralab.report.trajectories import Growth, Point, counted, drawn, from_tables, many

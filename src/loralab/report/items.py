@@ -26,11 +26,14 @@ class Sides:
 
 
 def _graded(run: Run) -> pd.DataFrame | None:
-    """Give the rows with an outcome on base and tuned model, None where there are none."""
+    """Give the rows with an outcome on base and tuned model, None where there are none.
+
+    Judgements are left out: those of a base whose head was never trained are chance, so none was lost or won.
+    """
     if run.items is None or not set(run.items.columns) >= COLUMNS:
         return None
     both = run.items[["base_right", "tuned_right"]].apply(pd.to_numeric, errors="coerce").notna().all(axis=1)
-    found = run.items[both]
+    found = run.items[both & (run.items["probe"] != "target")]
     return None if found.empty else found.assign(skill=found["skill"].fillna("").astype(str))
 
 

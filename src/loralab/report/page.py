@@ -17,14 +17,17 @@ from loralab.report import (
     grown,
     inside,
     items,
+    judged,
+    policy,
     provenance,
     repaired,
     seeds,
     spectra,
     tables,
 )
-from loralab.report.compare import METHOD_NAMES, METHOD_ORDER, Comparison, Side, View, compare, method_label
+from loralab.report.compare import METHOD_NAMES, METHOD_ORDER, Comparison, compare, method_label
 from loralab.report.drawing import colour, icon
+from loralab.report.measures import Side, View
 from loralab.report.read import Run, runs_below
 from loralab.report.rendering import inlined, rendered
 from loralab.report.spectra_folder import Inside
@@ -119,8 +122,11 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "base_mark": comparison.base_mark,
         "runs": [_named(comparison, run) for run in comparison.runs],
         "verdict": verdict(comparison),
+        "kept": [said for run in comparison.runs if (said := _kept(comparison, run))],
         "results": results or [("", *tables.results(comparison, View(None, None), everything=True))],
         "planes": inlined([figure for figure in planes if figure is not None]),
+        "judged": judged.section(comparison, key),
+        "policy": policy.section(comparison, key),
         "curves": inlined(curves.curves(comparison, key)),
         "skill_curves": inlined(curves.skill_curves(comparison, key)),
         "sides": items.sides(comparison),
@@ -156,6 +162,14 @@ def _progress(run: Run) -> str:
     return f"{word} at step {whole(step)} of {whole(total)}"
 
 
+def _kept(comparison: Comparison, run: Run) -> str:
+    """Say of which step the weights are that were kept, where it is not the last."""
+    kept, last = run.fact("delta_step"), run.fact("step")
+    if kept is None or last is None or kept == last:
+        return ""
+    return f"{comparison.label(run)} was best after step {whole(kept)} of {whole(last)}: those weights were kept."
+
+
 def _why(run: Run) -> str:
     said = run.status.get("message")
     parts = [str(said).partition("\n")[0]] if said and run.state != "done" else []
@@ -171,6 +185,8 @@ def _samples(comparison: Comparison) -> list[dict[str, Any]]:
     for run in comparison.runs:
         last = max((line["step"] for line in run.samples if line["model"] != "base"), default=None)
         for line in run.samples:
+            if line["role"] == policy.ROLE:
+                continue
             key = (line["role"], line["skill"], line["prompt"], line["reference"])
             card = asked.setdefault(key, {"base": None, "answers": []})
             answer = {"output": line["output"], "right": line.get("right")}

@@ -30,7 +30,8 @@ class Run:
         state: `done`, `new`, `running`, `interrupted`, `diverged`, or `damaged` if spec or status cannot be read.
         spec, spec_text: of spec.yaml, as plain values and as written.
         status, environment: of the JSON files of these names.
-        base, after: scores of the base, and of the tuned model at the last measured step above 0, by name.
+        base, after: scores of the base, and of the tuned model at the last measured step above 0, by name; where the weights
+            of an earlier checkpoint were put back at the end, those at its step.
         history: the tuned model's scores by name, in order of steps.
         metrics: training lines (step, loss, tokens, …), in order of steps.
         samples: lines of samples.jsonl.
@@ -67,6 +68,11 @@ class Run:
     @property
     def method(self) -> str:
         return printable(str(self.at("method.name") or "unknown"))
+
+    @property
+    def objective(self) -> str:
+        """What was optimised: `text` where nothing else is said."""
+        return printable(str(self.at("objective.name") or "text"))
 
     @property
     def rank(self) -> int | None:
@@ -199,7 +205,7 @@ def read_run(path: Path, root: Path) -> Run:
         status=status,
         environment=tried(lambda: read_json(folder.environment), {}),
         base=base,
-        after={name: steps[-1][1] for name, steps in history.items() if steps[-1][0] > 0},
+        after=_at_the_end(history, status.get("delta_step")),
         history=history,
         metrics=metrics,
         samples=samples,
@@ -227,6 +233,13 @@ def _scores(lines: list[dict[str, Any]]) -> tuple[dict[str, Score], dict[str, li
         else:
             tuned.setdefault(name, {})[step] = score
     return base, {name: sorted(steps.items()) for name, steps in tuned.items()}
+
+
+def _at_the_end(history: dict[str, list[tuple[int, Score]]], delta_step: Any) -> dict[str, Score]:
+    """Give the scores of the weights that were kept: the last above step 0, none of a step behind that of the delta."""
+    last = delta_step if isinstance(delta_step, int) and not isinstance(delta_step, bool) else math.inf
+    kept = {name: [score for step, score in steps if 0 < step <= last] for name, steps in history.items()}
+    return {name: scores[-1] for name, scores in kept.items() if scores}
 
 
 def _is_step(line: dict[str, Any]) -> bool:

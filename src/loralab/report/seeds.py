@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass
 
 from loralab.evals.stats import NoiseFloor, noise_floor, within_noise
-from loralab.report.compare import NATS, Comparison, Side, change, labels_of
+from loralab.report.compare import Comparison, labels_of
+from loralab.report.measures import NATS, Side, change
 from loralab.report.read import Run
 from loralab.report.wording import joined, number
 

@@ -7,7 +7,8 @@ from functools import partial
 
 from loralab.console.screen import size
 from loralab.evals.stats import Score
-from loralab.report.compare import NATS, Comparison, Side, View, change, half_width, level
+from loralab.report.compare import Comparison
+from loralab.report.measures import JUDGES, Side, View, change, half_width, level
 from loralab.report.read import Run
 from loralab.report.spectra import middle
 from loralab.report.wording import NOTHING, duration, measured, number, share, whole
@@ -45,8 +46,11 @@ def results(
         (view.forgetting, "Old skills", "forgotten", "the change; less is better"),
     ):
         if side is not None:
-            group = f"{group}, {'loss in nats per token' if side.unit == NATS else f'share {side.phrase}'}"
-            columns.append(Column(group, "base → after", "before and after training", partial(_ways, side=side)))
+            group = f"{group}, {side.words}"
+            ways = ("base → after", "before and after training")
+            if side.against:
+                ways = ("baseline → after", f"{side.against}; after training")
+            columns.append(Column(group, *ways, partial(_ways, side=side)))
             columns.append(Column(group, head, meaning, partial(_changed, side=side)))
     if everything:
         columns += [
@@ -185,9 +189,9 @@ FULL_TINT = 0.4
 
 
 def skills(comparison: Comparison) -> list[Skills]:
-    """Give a table per role and measure for which skills were measured one by one."""
+    """Give a table per role and measure for which skills were measured one by one; classes are no skills."""
     made = []
-    for role, kind, title in SKILL_TABLES:
+    for role, kind, title in () if comparison.objective in JUDGES else SKILL_TABLES:
         names = list(
             dict.fromkeys(n for run in comparison.runs for n in [*run.base, *run.after] if _is_skill(n, role, kind))
         )

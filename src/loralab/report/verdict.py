@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralab.evals.stats import Score
-from loralab.report.compare import NATS, Comparison, Side, change, half_width, level, tied
+from loralab.report.compare import Comparison, tied
+from loralab.report.measures import JUDGES, NATS, REWARD, Side, against, change, half_width, level
+from loralab.report.policy import gamed
 from loralab.report.read import Run
 from loralab.report.seeds import luck
 from loralab.report.wording import joined, measured, number
@@ -14,12 +16,13 @@ Ranked = list[tuple[Run, Score]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison comes to: a sentence on learning, one on forgetting, and what limits them."""
+    """What a comparison comes to: a sentence on learning, one on forgetting, what limits them, and which run gamed its reward."""
 
     name: str
     learned: str
     forgot: str
     limit: str
+    gamed: str = ""
 
 
 def verdict(comparison: Comparison) -> Verdict:
@@ -34,11 +37,13 @@ def verdict(comparison: Comparison) -> Verdict:
     second = ahead + _forgot(comparison, forgetting, forgot) if forgetting and forgot else ""
     if first and second:
         second += _cheapest(comparison, learned, forgot, learning, forgetting)
+    unmeasured = "What was forgotten was not measured: give data.general or probes.source."
     return Verdict(
         comparison.name,
         _sentence(first) or "What was learned was not measured: give data.validation or probes.target.",
-        _sentence(second) or "What was forgotten was not measured: give data.general or probes.source.",
+        _sentence(second) or ("" if comparison.objective in JUDGES else unmeasured),
         limit(runs, with_luck=any(luck(comparison, side) is not None for side in (learning, forgetting) if side)),
+        " ".join(said for run in runs if (said := gamed(run, comparison.label(run)))),
     )
 
 
@@ -91,14 +96,21 @@ def ties(comparison: Comparison, order: Ranked, side: Side) -> list[Run]:
 def _learned(comparison: Comparison, side: Side, order: Ranked) -> str:
     (first, score), name = order[0], comparison.label
     unit, way = _unit(side), _way(first, side)
-    task = (
-        f"of the new task {comparison.name}" if side.unit != NATS else f"off the loss of the new task {comparison.name}"
-    )
+    task = f"of the new task {comparison.name}"
+    if side.unit == NATS:
+        task = f"off the loss of the new task {comparison.name}"
+    elif side.against:
+        task = f"above {against(first, side)} on {comparison.name}"
+    elif side.unit == REWARD:
+        task = f"of {side.phrase} on {comparison.name}"
     amount = f"{measured(score, signed=True)}{unit} {task}{way}"
     if len(order) == 1:
         if _is_nothing(score):
             return f"{name(first)} learned nothing that can be told from zero: {amount}"
-        return f"{name(first)} learned {amount}" if score.value > 0 else f"{name(first)} became worse: {amount}"
+        if score.value > 0:
+            return f"{name(first)} learned {amount}"
+        worse = f"is worse than {against(first, side)}" if side.against else "became worse"
+        return f"{name(first)} {worse}: {amount}"
     best = ties(comparison, order, side)
     rest = [(run, score) for run, score in order if run not in best]
     if not rest:
@@ -170,7 +182,7 @@ def _way(run: Run, side: Side) -> str:
     base, after = level(run, side, "base"), level(run, side)
     if base is None or after is None:
         return ""
-    what = "" if side.unit == NATS else f" {side.phrase}"
+    what = "" if side.unit in (NATS, REWARD) else f" {side.phrase}"
     return f" ({number(base.value)} → {number(after.value)}{what})"
 
 

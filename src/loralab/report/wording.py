@@ -1,7 +1,7 @@
 """Numbers as a person reads them: a true minus sign, three decimals, ± half of the 95 % interval."""
 
 from loralab.evals.stats import Score
-from loralab.report.compare import half_width
+from loralab.report.measures import half_width
 
 NOTHING = "–"
 
