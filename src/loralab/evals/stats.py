@@ -32,6 +32,17 @@ BOUNDS = {
     "choice": (0.0, 1.0),
     "accuracy_change": (-1.0, 1.0),
     "choice_change": (-1.0, 1.0),
+    "auc": (0.0, 1.0),
+    "brier": (0.0, 1.0),
+    "rmse": (0.0, math.inf),
+    "pearson": (-1.0, 1.0),
+    "spearman": (-1.0, 1.0),
+    "length_correlation": (-1.0, 1.0),
+    "margin_correlation": (-1.0, 1.0),
+    "entropy": (0.0, math.inf),
+    "length": (0.0, math.inf),
+    "distinct": (0.0, 1.0),
+    "truncated": (0.0, 1.0),
 }
 """Scores that cannot lie everywhere, by the last part of their name; their intervals end there."""
 

@@ -24,6 +24,22 @@ ITEMS = pa.schema(
     ]
 )
 """Of a run: losses in nats, summed over an item's tokens; right is 1 or 0, or between where an item can be half right."""
+JUDGED_ITEMS = pa.schema(
+    [
+        *ITEMS,
+        ("label", pa.float64()),
+        ("reward", pa.float64()),
+        ("rejected_reward", pa.float64()),
+        ("held_out", pa.float64()),
+        ("length", pa.float64()),
+        ("rejected_length", pa.float64()),
+        ("claimed", pa.float64()),
+        ("said", pa.float64()),
+    ]
+)
+"""Of a run that judges, or is judged: those of a run, then what people said and what the tuned model's rewards are, of pairs the
+chosen answer's first; tokens of the answers; the probability of what the model claims; the number of the class that it said.
+"""
 EVALUATED_ITEMS = pa.schema(
     [
         *ITEMS,

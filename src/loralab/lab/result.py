@@ -13,13 +13,16 @@ from loralab.delta.store import save_lowrank
 from loralab.errors import FolderError, Interrupted
 from loralab.evals.probe import Reading
 from loralab.evals.stats import Score
-from loralab.lab.items import ITEMS, write_table
+from loralab.lab.items import ITEMS, JUDGED_ITEMS, write_table
 from loralab.lab.prepare import Prepared
 from loralab.run.folder import RunFolder, read_lines
 
 MEASURED = ("loss_sum", "right")
 CHANGES = {"loss": "loss_rise", "accuracy": "accuracy_change", "choice": "choice_change"}
+CHANGES |= {"reward": "reward_change", "held_out": "held_out_change"}
 """Which score is the paired change of which, by the last part of their names."""
+DISTANCES = ("drift", "spectrum", "intruders")
+"""Roles of scores that are a change themselves."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,20 @@ class Result:
         return found[name]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """Give the end table: name, base, before, after, change with its 95 % interval (paired where possible), n."""
+        """Give the end table: name, base, before, after, change with its 95 % interval (paired where possible), n.
+
+        Where no change was measured, as of an area under the curve, the interval is that of the level after training.
+        """
         rows: list[tuple[Any, ...]] = []
         for name, after in self.after.items():
             path, _, measure = name.rpartition("/")
             if measure in CHANGES.values():
                 continue
-            change = self.after.get(f"{path}/{CHANGES[measure]}") if measure in CHANGES else after
-            interval = None if change is None else change.interval()
-            text = "" if interval is None else f"[{interval[0]:+.4g}, {interval[1]:+.4g}]"
+            is_change = measure.endswith(("_change", "_rise")) or name.partition("/")[0] in DISTANCES or measure == "kl"
+            change = self.after.get(f"{path}/{CHANGES[measure]}") if measure in CHANGES else after if is_change else None
+            interval = (after if change is None else change).interval()
+            signed = "+" if change is not None else ""
+            text = "" if interval is None else f"[{interval[0]:{signed}.4g}, {interval[1]:{signed}.4g}]"
             base, before = self.base.get(name), self.before.get(name)
             moved = None if change is None else change.value
             rows.append((name, base and base.value, before and before.value, after.value, moved, text, after.n))
@@ -137,7 +145,8 @@ def write_items(folder: RunFolder, base: dict[str, Reading], after: dict[str, Re
     """
     rows = [row for name, reading in after.items() for row in _paired(name, base[name], reading)]
     if rows:
-        write_table(folder.path / "items.parquet", rows, ITEMS)
+        judged = any("label" in row or "reward" in row for row in rows)
+        write_table(folder.path / "items.parquet", rows, JUDGED_ITEMS if judged else ITEMS)
 
 
 def _paired(probe: str, base: Reading, tuned: Reading) -> Iterator[dict[str, Any]]:

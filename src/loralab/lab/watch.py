@@ -213,7 +213,7 @@ class RunWatch:
     def on_knot(self, knot: Knot, step: int) -> None:
         """Save the link that was tied and say so."""
         append_line(self.folder.metrics, {"step": step, "knot": knot.link, "gain": knot.gain, "ends": knot.ends})
-        gain = "" if knot.gain is None else f", it gained {knot.gain:.4f} nats/token"
+        gain = "" if knot.gain is None else f", its loss gained {knot.gain:.4f}"
         end = "; the chain ends here" if knot.ends else ""
         self.display.note(f"knot: link {knot.link} tied after step {step}{gain}{end}")
 

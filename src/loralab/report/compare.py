@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from loralab.evals.judgement import areas_apart
-from loralab.evals.stats import NoiseFloor, Score, ratio_mean, skill_scores
+from loralab.evals.stats import NoiseFloor, Score, mean_score, ratio_mean, skill_scores
 from loralab.report.measures import (
     AREA,
     FORGETTING,
@@ -18,6 +18,7 @@ from loralab.report.measures import (
     LEARNING_BY,
     NATS,
     RANKED,
+    REWARD,
     RIGHT,
     Side,
     View,
@@ -207,6 +208,8 @@ def difference(first: Run, second: Run, side: Side) -> Score | None:
 
 def _paired(first: Run, second: Run, side: Side) -> Score | None:
     probe = "target" if side in (RANKED, RIGHT) else side.level.removesuffix("/loss")
+    if side.unit == REWARD:
+        probe, _, column = side.level.partition("/")
     if first.items is None or second.items is None:
         return None
     a, b = (items[items["probe"] == probe].reset_index(drop=True) for items in (first.items, second.items))
@@ -215,6 +218,8 @@ def _paired(first: Run, second: Run, side: Side) -> Score | None:
         return None
     if side == RANKED:
         return _areas_apart(a, b)
+    if side.unit == REWARD:
+        return _rewards_apart(a, b, column, side)
     if side.unit == NATS:
         value, error = ratio_mean(
             (a["tuned_loss_sum"] - b["tuned_loss_sum"]).to_numpy(float), a["num_tokens"].to_numpy(float)
@@ -240,6 +245,14 @@ def _areas_apart(a: pd.DataFrame, b: pd.DataFrame) -> Score | None:
         return None
     found = areas_apart(mine, other, labels > 0.5)
     return None if found is None else Score(RANKED.change, found[0], AREA, len(a), found[1])
+
+
+def _rewards_apart(a: pd.DataFrame, b: pd.DataFrame, column: str, side: Side) -> Score | None:
+    """Compare two policies prompt by prompt; None where their rewards were not kept. The base cancels."""
+    if column not in a or column not in b:
+        return None
+    apart = (pd.to_numeric(a[column], errors="coerce") - pd.to_numeric(b[column], errors="coerce")).to_numpy(float)
+    return mean_score(side.change, side.unit, apart, np.ones(len(apart))) if np.isfinite(apart).all() else None
 
 
 def tied(first: Run, second: Run, side: Side, luck: NoiseFloor | None = None) -> bool:

@@ -163,11 +163,16 @@ def _progress(run: Run) -> str:
 
 
 def _kept(comparison: Comparison, run: Run) -> str:
-    """Say of which step the weights are that were kept, where it is not the last."""
-    kept, last = run.fact("delta_step"), run.fact("step")
-    if kept is None or last is None or kept == last:
+    """Say why a policy ended early, and of which step the weights are that were kept where it is not the last."""
+    label, said = comparison.label(run), []
+    kept, last, total = (run.fact(key) for key in ("delta_step", "step", "total_steps"))
+    if last is None or run.state != "done":
         return ""
-    return f"{comparison.label(run)} was best after step {whole(kept)} of {whole(last)}: those weights were kept."
+    if comparison.objective == "policy" and total is not None and last < total and run.status.get("end"):
+        said.append(f"{label} ended after step {whole(last)} of {whole(total)}: {run.status['end']}.")
+    if kept is not None and kept != last:
+        said.append(f"{label} was best after step {whole(kept)} of {whole(last)}: those weights were kept.")
+    return " ".join(said)
 
 
 def _why(run: Run) -> str:
