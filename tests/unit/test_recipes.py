@@ -239,8 +239,17 @@ class TestReading:
 YOURS = (
     *("sft-lora", "sft-lora-plus", "sft-cola", "sft-full", "cpt-lora", "cpt-full"),
     *("reward-lora", "reward-full", "reward-tldr-lora", "reward-hh-lora", "reward-taskmaster-lora", "classify-lora"),
+    *("rl-rloo", "rl-grpo", "rl-perl", "rl-tldr-perl"),
 )
 """Recipes for the person's own model and data."""
+OF_A_REWARD = ("rl-perl", "rl-tldr-perl")
+"""Those that need a reward too."""
+GIVEN = ["model.path=FOLDER", "data.train=FILE"]
+
+
+def given(name: str) -> list[str]:
+    """Give what a recipe leaves to the person."""
+    return GIVEN + (["objective.reward=RUN"] if name in OF_A_REWARD else [])
 
 
 class TestShipped:
@@ -253,19 +262,20 @@ class TestShipped:
             "pocket-lora",
             "pocket-reward",
             "pocket-rl",
+            "pocket-rl-full",
         }
         for text in described.values():
             assert text.endswith(".") and not text.startswith("#")
 
     @pytest.mark.parametrize("name", YOURS)
     def test_it_reads_once_model_and_data_are_given(self, name):
-        given = ["model.path=FOLDER", "data.train=FILE"]
-        spec = recipes.read(name, given)
+        spec = recipes.read(name, given(name))
         assert spec.name == name
-        assert f"loralab train {name} {' '.join(given)}" in recipes.find(name).read_text(encoding="utf-8")
+        assert f"loralab train {name} {' '.join(given(name))}" in recipes.find(name).read_text(encoding="utf-8")
         with pytest.raises(SpecError) as caught:
             recipes.read(name)
-        assert [problem.what for problem in caught.value.problems] == ["model.path is missing", "data.train is missing"]
+        missing = [f"{key.partition('=')[0]} is missing" for key in given(name)]
+        assert sorted(problem.what for problem in caught.value.problems) == sorted(missing)
 
     def test_those_of_the_pocket_world_bring_their_data(self):
         assert recipes.read("pocket-lora").method.name == "lora"
@@ -275,18 +285,17 @@ class TestShipped:
 
     @pytest.mark.parametrize("name", [name for name, _ in recipes.shipped()])
     def test_it_repeats_no_default(self, write, name):
-        bring_data = name.startswith("pocket-")
-        given = [] if bring_data else ["model.path=FOLDER", "data.train=FILE"]
-        given = ["model.path=FOLDER"] if name == "pocket-base-more" else given
+        missing = [] if name.startswith("pocket-") else given(name)
+        missing = ["model.path=FOLDER"] if name == "pocket-base-more" else missing
         written = YAML(typ="safe", pure=True).load(recipes.find(name))
         for section, keys in written.items():
             for key in keys:
                 rest = {**written, section: {other: value for other, value in keys.items() if other != key}}
                 try:  # JSON is YAML
-                    without = recipes.read(write(json.dumps(rest), f"{name}.yaml"), given)
+                    without = recipes.read(write(json.dumps(rest), f"{name}.yaml"), missing)
                 except SpecError:
                     continue  # the key is required
-                assert without != recipes.read(name, given), f"{section}.{key}"
+                assert without != recipes.read(name, missing), f"{section}.{key}"
 
     def test_unknown_names_are_answered_with_the_nearest(self):
         with pytest.raises(LoralabError) as caught:

@@ -120,7 +120,7 @@ def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
     refuse_short(spec, total)
-    data = replace(data, exams=_exams(spec, head, base))
+    data = replace(data, exams=exam_probes_of(spec, head, base))
     texts = text_probes(spec.probes, data.validation, data.general, head, method.without)
     probes: list[Probe] = [*texts, *task_probes(data.tasks, data.exams, head, base)]
     samples = kept_samples(spec.probes.samples, data.tasks, data.validation, head, base)
@@ -255,7 +255,7 @@ def _roles(spec: RunSpec) -> dict[str, list[TaskSpec]]:
     return {"target": spec.probes.target, "source": spec.probes.source}
 
 
-def _exams(spec: RunSpec, head: LanguageHead, base: Base) -> dict[str, list[ExamProbe]]:
+def exam_probes_of(spec: RunSpec, head: LanguageHead, base: Base) -> dict[str, list[ExamProbe]]:
     """Build the requests of suites and tasks of the catalogue, by role."""
     named = {role: [task for task in written if not has_items(task)] for role, written in _roles(spec).items()}
     if not any(named.values()):
