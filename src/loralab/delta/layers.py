@@ -12,6 +12,9 @@ from loralab.delta.linear import LowRankEmbedding, LowRankLinear, LowRankModule,
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError
 
+SCORE_HEADS = ("score", "classifier", "classification_head")
+"""Names of the heads of Transformers' models for sequence classification."""
+
 DENSE_LINEARS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
 
 
@@ -110,6 +113,21 @@ def misfits(model: nn.Module, delta: Delta) -> list[str]:
     return wrong
 
 
+def refuse_misfit(model: nn.Module, delta: Delta, name: str = "this delta") -> None:
+    """Raise DeltaError if the model lacks a layer or parameter of a delta, or has it in another shape; three are named."""
+    if not (wrong := misfits(model, delta)):
+        return
+    parameters = own_parameters(model)
+    heads = [path for path in delta.whole if path not in parameters and path.split(".")[0] in SCORE_HEADS]
+    if len(heads) == len(wrong):
+        fix = "name it as objective.reward of a policy, or load it on AutoModelForSequenceClassification"
+        raise DeltaError(
+            f"{name} scores texts: it has a head that a language model lacks", where=", ".join(heads), fix=fix
+        )
+    fix = "use the base that the delta was trained on"
+    raise DeltaError(f"{name} belongs to another base", where="; ".join(wrong[:3]), fix=fix)
+
+
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name the parameters as they are named without pairs; tied ones under each of their names."""
     inside = {f"{name}.base.": f"{name}." for name in low_rank_layers(model)}
@@ -127,12 +145,7 @@ def set_whole_(model: nn.Module, delta: Delta) -> None:
     Raises:
         DeltaError: a layer or parameter of the delta is missing in the model or has another shape there.
     """
-    if wrong := misfits(model, delta):
-        raise DeltaError(
-            "this delta belongs to another base",
-            where="; ".join(wrong[:3]),
-            fix="use the base that the delta was trained on",
-        )
+    refuse_misfit(model, delta)
     parameters = own_parameters(model)
     for name, value in delta.whole.items():
         parameters[name].copy_(value)

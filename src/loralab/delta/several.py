@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.base.targets import weight_of
-from loralab.delta.layers import active, misfits, own_parameters, unwrapped, wrap_
+from loralab.delta.layers import active, own_parameters, refuse_misfit, unwrapped, wrap_
 from loralab.delta.linear import Pair
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError
@@ -81,12 +81,7 @@ class Wardrobe:
 @torch.no_grad()
 def _whole_of(model: nn.Module, name: str, delta: Delta) -> dict[str, Tensor]:
     """Give what a delta changes whole as the values that its parameters take, in the base's own dtypes."""
-    if wrong := misfits(model, delta):
-        raise DeltaError(
-            f"the delta {name!r} belongs to another base",
-            where="; ".join(wrong[:3]),
-            fix="use the base that the delta was trained on",
-        )
+    refuse_misfit(model, delta, f"the delta {name!r}")
     parameters, layers = own_parameters(model), unwrapped(model)
     whole = {path: value.to(parameters[path]) for path, value in delta.whole.items()}
     for path, change in delta.items():

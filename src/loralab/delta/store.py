@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loralab.base.model import heads, scores_texts
-from loralab.delta.layers import misfits, unwrapped
+from loralab.delta.layers import refuse_misfit, unwrapped
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError
 from loralab.run.folder import write_atomic, write_json
@@ -215,15 +215,12 @@ def check_base(delta: Delta, model: nn.Module, fingerprint: str | None) -> None:
         DeltaError: a layer or parameter is missing or has another shape; the first three are named. Same shapes but
             another fingerprint is refused too: the numbers would be meaningless.
     """
-    wrong = misfits(model, delta)
-    fix = "use the base that the delta was trained on"
-    if wrong:
-        raise DeltaError("this delta belongs to another base", where="; ".join(wrong[:3]), fix=fix)
+    refuse_misfit(model, delta)
     if fingerprint and delta.base_fingerprint and fingerprint != delta.base_fingerprint:
         raise DeltaError(
             "this delta was trained on other base weights",
             where=f"trained on {delta.base_fingerprint[:12]}, this base is {fingerprint[:12]}",
-            fix=fix,
+            fix="use the base that the delta was trained on",
         )
 
 

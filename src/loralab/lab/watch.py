@@ -14,7 +14,7 @@ from loralab.evals.probe import Cost, Probe, Reading, counting
 from loralab.evals.samples import Samples
 from loralab.evals.stats import Score
 from loralab.methods.base import Knot, Method
-from loralab.run.folder import RunFolder, append_line
+from loralab.run.folder import RunFolder, append_line, read_lines
 from loralab.run.trackers import Mirror
 from loralab.training.checkpoint import State, prune, write_checkpoint
 from loralab.training.loop import StepReport
@@ -159,8 +159,14 @@ class RunWatch:
             append_line(self.folder.scores, score.as_line(step, model))
 
     def final_readings(self, step: int) -> dict[str, Reading]:
-        """Give the readings after the last step; a run that was stopped behind it takes them again."""
-        return {probe.name: self._read(probe, step) for probe in self.probes}
+        """Give the readings of the weights that are saved; a run that was stopped behind its last step takes them again.
+
+        Those of a best checkpoint between two evaluations are recorded now, so that what stands in the folder is of its delta.
+        """
+        readings = {probe.name: self._read(probe, step) for probe in self.probes}
+        if not any(line["step"] == step and line["model"] != "base" for line in read_lines(self.folder.scores)):
+            self._record(step, "tuned", [score for reading in readings.values() for score in reading.scores])
+        return readings
 
     def validation_loss(self, step: int) -> float | None:
         """Give the validation loss after `step` steps (nats per token), with one probe if it is not known yet."""
