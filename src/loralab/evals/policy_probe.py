@@ -178,6 +178,8 @@ class PolicyProbe:
 class PolicySamples(Samples):
     """Samples of tasks, and with them answers of the policy to held-out prompts, as its probe read them last."""
 
+    is_often_taken = True
+
     def __init__(
         self,
         probe: PolicyProbe,

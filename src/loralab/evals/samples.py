@@ -43,6 +43,9 @@ class Sample:
 class Samples:
     """Prompts whose answers are kept; `together` as in `generate`."""
 
+    is_often_taken = False
+    """Whether they are taken at every evaluation, and not only before and after training."""
+
     def __init__(
         self,
         samples: Sequence[Sample],

@@ -57,6 +57,10 @@ def _run_locked(spec: RunSpec, folder: RunFolder, display: Display) -> Result:
         except Diverged as error:
             folder.write_status(state="diverged", message=str(error))
             raise
+        except LoralabError as error:  # a reward function that fails, say: what is written goes on once it is mended
+            if folder.read_status()["state"] == "running":
+                folder.write_status(state="interrupted", message=str(error))
+            raise
 
 
 def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Result:
@@ -159,6 +163,7 @@ def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -
     """Make the loop of a spec; `total_steps` overrides its length."""
     chosen = spec.optimizer.model_dump(exclude={"learning_rate", "weight_decay"})
     assert spec.optimizer.learning_rate is not None
+    is_policy = spec.objective.name == "policy"
     return Loop(
         model=prepared.base.model,
         method=prepared.method,
@@ -169,5 +174,6 @@ def loop_of(spec: RunSpec, prepared: Prepared, total_steps: int | None = None) -
         schedule=schedule(**spec.schedule.model_dump()),
         total_steps=total_steps or prepared.total_steps,
         clip=spec.train.clip,
-        spike=None if spec.objective.name == "policy" else spec.train.spike,  # its loss is no distance from anything
+        spike=None if is_policy else spec.train.spike,  # its loss is no distance from anything
+        may_rest=is_policy,
     )

@@ -83,6 +83,7 @@ class RunWatch:
         self.cost = Cost()
         self._readings: dict[str, tuple[int, Reading]] = {}
         self._recorded_at: int | None = None
+        self._sampled_at: tuple[int, str] | None = None
         self._saved_at: int | None = None
         self._best: tuple[float, int] | None = None
         self._begin = time.perf_counter() - wall_s
@@ -124,12 +125,15 @@ class RunWatch:
                 self.display.scores(step, scores)
             self._recorded_at = step
             self.end = (self.limits(scores) if self.limits is not None and step else None) or ""
+            if self.samples is not None and self.samples.is_often_taken and step:
+                self._sample(step, "tuned")
         if last:
             self._sample(step, "tuned")
 
     def _sample(self, step: int, model: str) -> None:
         """Keep what the model writes behind the chosen prompts."""
-        if self.samples is not None:
+        if self.samples is not None and self._sampled_at != (step, model):
+            self._sampled_at = step, model
             with counting(self.model, self.cost):
                 lines = self.samples.lines(step, model)
             for line in lines:

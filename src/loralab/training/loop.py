@@ -82,15 +82,18 @@ class Loop:
         total_steps: int,
         clip: float | None = 1.0,
         spike: float | None = 10.0,
+        may_rest: bool = False,
     ) -> None:
         self.model, self.method, self.objective = model, method, objective
         self.schedule, self.total_steps, self.clip, self.spike = schedule, total_steps, clip, spike
+        self.may_rest = may_rest  # a step without anything to learn from, as where all rewards are equal, is no failure
         self._new_optimizer = lambda: Optimizer(method.param_groups(learning_rate, weight_decay), make_optimizer)
         self.optimizer = self._new_optimizer()
         self.step = 0
         self.num_tokens = 0
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._without_gradient: set[str] | None = None
+        self._looks = 0
 
     def run(self, watch: Watch) -> None:
         """Train to the end.
@@ -140,6 +143,8 @@ class Loop:
         mean = total / max(weight, 1.0)
         self._refuse_divergence(mean)
         self.optimizer.scale_gradients(1.0 / max(weight, 1.0))
+        if self.may_rest and not any(bool(grad.any()) for grad in self.optimizer.gradients().values()):
+            weight = 0.0
         if weight:
             self._look_for_dead_tensors(watch)
         norm = self.optimizer.clip(self.clip)
@@ -176,15 +181,16 @@ class Loop:
 
         A pair's A needs the second step, as B starts at zero; under a head that starts at zero too, the third.
         """
-        if self.step > 2:
+        if self._looks > 2:
             return
+        self._looks += 1
         alive = {name for name, grad in self.optimizer.gradients().items() if bool(grad.any())}
         dead = set(self.optimizer.tensors) - alive
         self._without_gradient = dead if self._without_gradient is None else self._without_gradient & dead
         names = sorted(self._without_gradient)
-        if self.step == 1 and len(names) == len(self.optimizer.tensors):
+        if self._looks == 2 and len(names) == len(self.optimizer.tensors):
             raise TargetError("no trained tensor receives a gradient", where=names[0], fix="change method.targets")
-        if self.step == 2 and names:
+        if self._looks == 3 and names:
             watch.on_warning(
                 f"{len(names)} trained tensors receive no gradient: {', '.join(names[:3])} …", self.step + 1
             )
@@ -210,6 +216,7 @@ class Loop:
                 "num_tokens": self.num_tokens,
                 "total_steps": self.total_steps,
                 "recent": list(self._recent),
+                "looks": self._looks,
                 "without_gradient": None if self._without_gradient is None else sorted(self._without_gradient),
             },
         )
@@ -240,6 +247,6 @@ class Loop:
         if not branch:
             self.total_steps = facts["total_steps"]
         self._recent.extend(facts["recent"])
-        dead = facts["without_gradient"]
+        self._looks, dead = facts.get("looks", 3), facts["without_gradient"]
         self._without_gradient = None if dead is None else set(dead)
         set_random_state(state.tensors["random"])
