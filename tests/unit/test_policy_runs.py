@@ -152,6 +152,20 @@ def test_rewards_that_are_all_equal_are_counted_and_move_nothing(world, tmp_path
     assert result.status["step"] == 4 and result.score("policy/reward_change").value == 0
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo"])
+def test_a_run_whose_answers_earn_nothing_at_first_goes_on(world, tmp_path, algorithm):
+    """With values and rewards of 0 no tensor has a gradient: rest, and not a pattern that matches nothing."""
+    (tmp_path / "late.py").write_text(
+        "calls = 0\n\ndef late(prompts, answers, rows):\n    global calls\n    calls += 1\n"
+        "    return [sum(map(str.isalpha, a)) if calls > 6 else 0.0 for a in answers]\n"
+    )
+    keys = {"objective__beta": 0.0, "train__steps": 6, "objective__reward": f"{tmp_path / 'late.py'}:late"}
+    result = train(spec(world, algorithm, **keys, **LEARNS["lora"]), tmp_path)
+    assert result.status["step"] == 6
+    assert any(pair.B.any() for pair in load_lowrank(result.folder.delta).values())
+    assert not [line for line in read_lines(result.folder.metrics) if "warning" in line]
+
+
 @pytest.mark.parametrize(
     ("keys", "step", "why"),
     [
