@@ -32,12 +32,16 @@ def test_every_command_of_the_readme_runs(world: Path, monkeypatch: pytest.Monke
     (world / "general.txt").write_text("a quiet day. " * 40)
     sums = ({"question": f"one more than {i} is", "answer": str(i + 1)} for i in range(20))
     (world / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    pairs = [{"prompt": f"say {i}:", "chosen": f" {i}", "rejected": " no"} for i in range(20)]
+    (world / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (world / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in pairs))
+    (world / "score.py").write_text("def score(prompts, answers, rows):\n    return [len(a) for a in answers]\n")
     suite = forgetting_files(world)
     for command in found:
         words = [w.replace("FOLDER", str(world / "base")) for w in shlex.split(command)[1:]]
-        words = [str(run_like(world / w)) if re.fullmatch(r"runs/\S+-[0-9a-f]{8}", w) else w for w in words]
+        words = [re.sub(r"runs/\S+-[0-9a-f]{8}$", lambda run: str(run_like(world / run[0])), w) for w in words]
         if words[0] in ("train", "check"):
-            words += small
+            words += small + (["objective.max_tokens=4", "objective.samples=2"] if words[1].startswith("rl-") else [])
         if "forgetting" in words:
             words += [word for task, file in suite.items() for word in ("--data", f"{task}={file}")]
         assert loralab(*words) == 0, command
