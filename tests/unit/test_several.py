@@ -193,6 +193,15 @@ def test_a_delta_of_another_base_is_refused_with_what_differs(delta, words):
     assert same_bits(base, bits(whole)), "and nothing was put on"
 
 
+def test_a_delta_that_scores_texts_is_told_from_one_of_another_base():
+    head = {"score.weight": torch.ones(1, 32)}
+    with pytest.raises(DeltaError, match="'judge' scores texts") as caught:
+        Wardrobe(tiny("llama"), {"judge": Delta({"lm_head": pair(101, 32)}, head)})
+    assert "score.weight" in str(caught.value) and "objective.reward" in str(caught.value.fix)
+    with pytest.raises(DeltaError, match="another base"):
+        Wardrobe(tiny("llama"), {"judge": Delta({"lm_head": pair(99, 32)}, head)})
+
+
 def test_the_same_name_is_never_two_deltas():
     base = tiny("llama")
     wardrobe = Wardrobe(
