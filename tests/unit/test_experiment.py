@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,24 @@ def test_nothing_is_stepped_on_a_broken_loss(fault, words):
         loop.run(NoWatch())
     assert loop.step == 12 and caught.value.where == "step 13"
     assert all(torch.equal(tensor, before[name]) for name, tensor in w.method.state()[0].items())
+
+
+def test_a_step_of_nothing_but_zeros_moves_nothing_where_rest_is_allowed():
+    """Moments of the steps before it would still move the tensors, and decay shrink them."""
+    w = tiny_world("lora")
+    loop = loop_on(w, steps=6)
+    loop.may_rest = True
+    sound, seen = loop.objective.loss, []
+
+    def loss(model: torch.nn.Module, batch: Any) -> Loss:
+        found = sound(model, batch)
+        seen.append({name: tensor.clone() for name, tensor in w.method.state()[0].items()})
+        return Loss(found.total * 0, found.weight) if loop.step == 4 else found
+
+    loop.objective.loss = loss
+    loop.run(NoWatch())
+    moved = [any(not torch.equal(after[name], before[name]) for name in after) for before, after in pairwise(seen)]
+    assert moved == [True, True, True, True, False], "what step 5 was given is what step 6 begins with"
 
 
 def test_a_method_that_starts_off_the_identity_is_refused(world, tmp_path, monkeypatch):

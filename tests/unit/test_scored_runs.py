@@ -15,13 +15,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from little_world import CHARACTERS, loralab, make_base, overrides, same_bits, write_rows
 from loralab.base.labelled import collate_labelled
+from loralab.delta.store import load_lowrank
 from loralab.errors import DataError, LoralabError, SpecError
 from loralab.lab.check import check
 from loralab.lab.experiment import train
 from loralab.lab.objectives import prepare
+from loralab.lab.result import Result
 from loralab.lab.watch import Silent
 from loralab.run.folder import RunFolder, read_lines
 from loralab.spec.recipes import read
+from loralab.training.checkpoint import read_checkpoint
 from tiny import tiny
 
 STEPS = 24
@@ -126,6 +129,25 @@ def test_the_best_checkpoint_is_what_is_saved(world, tmp_path):
     }
     best = max(shares, key=lambda step: (shares[step], -step))
     assert run.status["delta_step"] == best
+    assert_saved(run, best)
+
+
+def test_a_run_that_only_gets_worse_keeps_its_start(world, tmp_path):
+    keys = {"train__steps": 4, "optimizer__learning_rate": 1e-6, "schedule__name": "constant"}
+    run = train(spec(world, **keys, probes__every=1, checkpoints__every=1), tmp_path)
+    shares = {line["value"] for line in read_lines(run.folder.scores) if line["name"] == "target/accuracy"}
+    assert len(shares) == 1, "at this rate nothing is won, and of equal ones the first counts"
+    assert run.status["delta_step"] == 0
+    assert_saved(run, 0)
+
+
+def assert_saved(run: Result, step: int) -> None:
+    """Compare the saved pairs with those of the checkpoint of a step."""
+    kept = read_checkpoint(run.folder.checkpoints / f"step-{step}").tensors["method"]
+    saved = load_lowrank(run.folder.delta)
+    assert saved.keys()
+    for name, pair in saved.items():
+        assert torch.equal(pair.A, kept[f"{name}.link-1.A"]) and torch.equal(pair.B, kept[f"{name}.link-1.B"])
 
 
 def test_a_step_reads_each_prompt_once(world, tmp_path):

@@ -103,6 +103,12 @@ def load(
     tokenizer = _tokenizer(folder, trust_remote_code, need_tokenizer)
     if outputs is not None:
         settings.num_labels = outputs
+    elif any(name.endswith("ForSequenceClassification") for name in settings.architectures or ()):
+        raise ModelError(
+            "this model scores texts: it is a classifier or reward model, and has no head that writes",
+            where=path,
+            fix="name it as objective.reward of a policy, or load it with AutoModelForSequenceClassification",
+        )
     drawn: tuple[str, ...] = ()
     if random_init:
         model = draw_model(folder, settings, kind, trust_remote_code, scoring=outputs is not None).to(place)

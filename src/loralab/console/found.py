@@ -34,8 +34,8 @@ def check_lines(found: Any, *, coloured: bool) -> list[str]:
     for name, counts in found.counts.items():
         total = counts["total"]
         derived = name == "validation" and found.spec.data.validation is None  # counted with the training rows
-        kinds = () if derived else ("empty", "dropped", "truncated", "split")
-        lost = ", ".join(f"{total[key]} {key}" for key in kinds if total[key])
+        kinds = () if derived else ("empty", "equal", "dropped", "truncated", "split")
+        lost = ", ".join(f"{total[key]} {key}" for key in kinds if total.get(key))
         if not derived and total["dropped"] > 0.1 * total["rows"]:
             lost += f" [bold red](more than a tenth exceeds data.max_length={found.spec.data.max_length})[/bold red]"
         written.append(

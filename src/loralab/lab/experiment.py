@@ -125,12 +125,15 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
-    delta_step = _take_best(folder, prepared, watch.best_step) or loop.step
+    best_step = _take_best(folder, prepared, watch.best_step)
+    delta_step = loop.step if best_step is None else best_step
+    if delta_step == 0:
+        display.note("warning: nothing was better than the start, which is what is saved")
     save_delta(folder, prepared)
     write_items(folder, watch.base_readings, watch.final_readings(delta_step))
     if spec.probes.spectra:
         with counting(prepared.base.model, watch.cost):
-            left_out = spectra.finish(loop.step)
+            left_out = spectra.finish(delta_step)
         if left_out:
             display.note(f"no spectrum of {len(left_out)} large matrices ({left_out[0]} …): it would take long")
     folder.write_status(

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.model import Base
+from loralab.base.sources import content_sha256
+from loralab.delta.opened import folder_of
 from loralab.errors import LoralabError, ModelError, SpecError
 from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.generate import Answer, Sampling, Writer
@@ -37,6 +40,9 @@ from loralab.training.recompute import recompute_
 FULL_VALUE_RANK = 16
 FEWEST, MOST = 4, 16
 """Answers to each held-out prompt, where prompts are many and where they are few."""
+
+FEWEST_PROMPTS = 16
+"""Held-out prompts below which each gets one answer, so that there are more of them."""
 HELD_OUT_BATCH = -1
 """Number of the batch whose random numbers held-out answers are drawn with."""
 
@@ -50,11 +56,14 @@ class PolicyData:
     general: Corpus | None
     tasks: dict[str, list[Task]]
     exams: dict[str, list[ExamProbe]] = field(default_factory=dict)
+    rewards: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the weights of each reward delta, by path."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
         found: dict[str, Any] = {name: one.fingerprint for name, one in self._parts() if len(one)}
+        found |= {f"reward {path}": mark for path, mark in self.rewards.items()}
         found |= {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
         return found | {f"{role} {one.skill}": one.facts for role, exams in self.exams.items() for one in exams}
 
@@ -124,7 +133,8 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     total = spec.train.steps or _steps(spec, objective, batches)
     refuse_short(spec, total)
     exams = exam_probes_of(spec, head, base)
-    data = replace(data, exams=exams)
+    marks = {path: content_sha256(sorted(folder_of(path).glob("*.safetensors"))) for path in found}
+    data = replace(data, exams=exams, rewards=marks)
     probes: list[Probe] = []
     samples = kept_samples(spec.probes.samples, data.tasks, None, head, base)
     if data.validation is not None:
@@ -226,9 +236,14 @@ def _steps(spec: RunSpec, objective: PolicySpec, batches: Batches) -> int:
 
 
 def _probed(validation: Prompts, answers: int, samples: int) -> tuple[list[Asked], int]:
-    """Choose held-out prompts and how often each is answered, so that there are at most so many answers: first more prompts."""
-    fewest = min(samples, FEWEST, answers)
-    asked = validation.different()[: answers // fewest]
+    """Choose held-out prompts in a fixed random order, and how often each is answered, so that there are at most so many answers.
+
+    More prompts come before more answers to each; where there is room for a few answers only, each prompt has one.
+    """
+    fewest = min(samples, FEWEST) if answers >= FEWEST * FEWEST_PROMPTS else 1
+    every = validation.different()
+    order = np.random.default_rng(0).permutation(len(every))[: answers // fewest]
+    asked = [every[i] for i in order]
     return asked, min(max(answers // len(asked), fewest), MOST)
 
 

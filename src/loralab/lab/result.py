@@ -51,7 +51,9 @@ class Result:
             if measure in CHANGES.values():
                 continue
             is_change = measure.endswith(("_change", "_rise")) or name.partition("/")[0] in DISTANCES or measure == "kl"
-            change = self.after.get(f"{path}/{CHANGES[measure]}") if measure in CHANGES else after if is_change else None
+            change = (
+                self.after.get(f"{path}/{CHANGES[measure]}") if measure in CHANGES else after if is_change else None
+            )
             interval = (after if change is None else change).interval()
             signed = "+" if change is not None else ""
             text = "" if interval is None else f"[{interval[0]:{signed}.4g}, {interval[1]:{signed}.4g}]"

@@ -41,13 +41,15 @@ class ByModel:
         head: of the policy's model; tells whether documents can lie side by side.
         wearing: context in which the model is its base with the reward's delta.
         score: the reward's head.
-        end: ends every text that it was trained on.
+        end: ends every text that it was trained on, but those that a chat template ends itself.
+        special: the tokenizer's special tokens.
     """
 
     head: LanguageHead
     wearing: View
     score: Float[Tensor, "1 hidden"]
     end: int
+    special: frozenset[int]
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
         rewards: list[float] = []
@@ -57,12 +59,16 @@ class ByModel:
                 rewards += F.linear(hidden.float(), self.score.float()).squeeze(-1).tolist()
         return rewards
 
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """End an answer as its training rows did: with the special token that it ends with, or that of a sequence."""
+        return tokens if tokens and tokens[-1] in self.special else [*tokens, self.end]
+
     def _laid_out(self, answers: Sequence[Answered]) -> list[Forest]:
         """Lay answers side by side, those to the same prompt behind one copy of it."""
         groups: list[tuple[list[int], list[list[int]]]] = []
         for _, same in groupby(answers, key=lambda answer: id(answer.asked)):
             mine = list(same)
-            tails = [[*(t for t in answer.tokens if t != self.end), self.end] for answer in mine]
+            tails = [self._ended(answer.tokens) for answer in mine]
             prompt = mine[0].asked.prompt.tokens
             groups += [(prompt, tails)] if self.head.packs else [(prompt, [tail]) for tail in tails]
         rows: list[list[tuple[list[int], list[list[int]]]]] = []
@@ -89,7 +95,8 @@ def read_reward(path: str, base: Base) -> tuple[Delta, Float[Tensor, "1 hidden"]
     Raises:
         DeltaError: there is no delta, it has no head that gives one number, or it is of another base.
     """
-    folder, trained_on = folder_of(path), base_of_run(Path(path))
+    folder = folder_of(path)
+    trained_on = base_of_run(Path(path)) or base_of_run(folder.parent)
     if is_adapter(folder):
         delta = load_lowrank(folder)
     elif (folder / "config.json").is_file():
@@ -161,4 +168,4 @@ class RewardModels:
             with self._without(), view():
                 yield
 
-        return ByModel(self._head, wearing, score, tokenizer.eos_token_id)
+        return ByModel(self._head, wearing, score, tokenizer.eos_token_id, frozenset(tokenizer.all_special_ids))

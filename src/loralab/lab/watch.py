@@ -239,7 +239,7 @@ class RunWatch:
         if merit is not None and (self._best is None or merit < self._best[0]):
             self._best = (merit, step)
         full = state()
-        full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s, "cost": asdict(self.cost)}
+        full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s, "cost": asdict(self.cost), "end": self.end}
         write_checkpoint(self.folder.checkpoints, full)
         self._saved_at = step
         prune(self.folder.checkpoints, self.keep_last, self._best[1] if self._best else None)
@@ -250,4 +250,4 @@ class RunWatch:
         self._saved_at = step
         self._best = tuple(facts["best"]) if facts["best"] else None
         self._begin = time.perf_counter() - facts["wall_s"]
-        self.cost = Cost(**facts.get("cost", {}))
+        self.cost, self.end = Cost(**facts.get("cost", {})), facts.get("end", "")

@@ -43,6 +43,11 @@ class ParamGroup:
     learning_rate: float
     weight_decay: float
 
+    @property
+    def model(self) -> str:
+        """Name of the model that it belongs to, where that is not the one that is tuned: `value` of `value/matrices`."""
+        return self.name.rpartition("/")[0]
+
 
 @dataclass(frozen=True)
 class Progress:

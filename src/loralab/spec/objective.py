@@ -91,7 +91,9 @@ class PolicySpec(Strict):
     beta: Share = 0.05
     """P5: 0.05 for summaries. At 0 the base is not asked for log-probabilities."""
     kl: Literal["low_variance", "exact"] = "low_variance"
-    """Per token from the written token alone, never negative (k₃ of Schulman 2020), or summed over the vocabulary."""
+    """From the written token alone, or summed over the vocabulary. From the written token, what is trained on is log π/π₀ in
+    the reward (reinforce, rloo) or k₃ in the loss (grpo; Schulman 2020), and what is reported is k₃, which is never negative.
+    """
     epochs: Count = 1
     """Passes over each batch of answers; above 1 the ratio of new to old probabilities is clipped."""
     minibatches: Count = 1

@@ -21,6 +21,8 @@ from loralab.training.objectives import Objective
 from loralab.training.optim import MakeTorchOptimizer, Optimizer, Schedule
 
 SPIKE_WINDOW, SPIKE_PATIENCE, SPIKE_FLOOR_NATS = 50, 10, 0.1
+IDLE = 3
+"""Steps in a row without anything to learn from, after which that is said."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Loop:
         self.num_tokens = 0
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._without_gradient: set[str] | None = None
-        self._looks = 0
+        self._looks = self._rested = 0
 
     def run(self, watch: Watch) -> None:
         """Train to the end.
@@ -145,6 +147,10 @@ class Loop:
         self.optimizer.scale_gradients(1.0 / max(weight, 1.0))
         if self.may_rest and not any(bool(grad.any()) for grad in self.optimizer.gradients().values()):
             weight = 0.0
+            self.optimizer.zero()  # a gradient of zeros would still let the moments move the tensors
+        self._rested = 0 if weight else self._rested + 1
+        if self.may_rest and self._rested == IDLE:
+            watch.on_warning(f"nothing to learn from in {IDLE} steps: all answers are worth the same", self.step + 1)
         if weight:
             self._look_for_dead_tensors(watch)
         norm = self.optimizer.clip(self.clip)

@@ -157,12 +157,21 @@ class Optimizer:
     def clip(self, largest: float | None) -> float:
         """Give the gradient's norm over all tensors; shorten the gradient if it exceeds `largest`.
 
-        Tensors enter in the order of their names, so that regrouping them changes no bit.
+        Tensors enter in the order of their names, so that regrouping them changes no bit. Groups of a model of their own
+        (`value/matrices`) are clipped by a norm of their own, which is not given: their error does not shorten the policy's step.
         """
-        ordered = [self._masters[name] for name in sorted(self.gradients())]
-        if largest is None:
-            return float(torch.nn.utils.get_total_norm([m.grad for m in ordered if m.grad is not None]))
-        return float(torch.nn.utils.clip_grad_norm_(ordered, largest))
+        norms: dict[str, float] = {}
+        alive = self.gradients()
+        for model in dict.fromkeys(group.model for group in self.groups):
+            names = {name for group in self.groups if group.model == model for name in group.tensors}
+            ordered = [self._masters[name] for name in sorted(names & alive.keys())]
+            if largest is None:
+                norm = torch.nn.utils.get_total_norm([m.grad for m in ordered if m.grad is not None])
+            else:
+                norm = torch.nn.utils.clip_grad_norm_(ordered, largest)
+            norms[model] = float(norm)
+        broken = [norm for norm in norms.values() if not math.isfinite(norm)]
+        return broken[0] if broken else norms.get("") or max(norms.values())
 
     def step(self, factor: float) -> None:
         """Move the tensors with every group's learning rate times `factor`, and forget the gradients."""
