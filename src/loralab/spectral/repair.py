@@ -7,7 +7,7 @@ so λ = 1 changes nothing, bit for bit; what it touches is kept in float32 at le
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -311,23 +311,23 @@ def sharpened(weight: Float[Tensor, "out in"], change: LayerDelta, known: Intrud
         return known
     if tuple(weight.shape) != tuple(change.shape):
         raise DeltaError(f"the delta is {tuple(change.shape)}, the weight {tuple(weight.shape)}")
-    times, back = _products(weight, change)
+    squared = _products(weight, change)
     left, right = old.left.to(weight.device).double(), old.right.to(weight.device).double()
     V = torch.linalg.qr(right).Q
-    WV = times(V)
+    WV, SV = squared(V)
     for step in range(STEPS + 1):
         P = torch.linalg.eigh(WV.t() @ WV).eigenvectors.flip(1)[:, :k]
         P = P[:, linear_sum_assignment(-(right.t() @ (V @ P)).abs().cpu().numpy())[1]]
         u, v = WV @ P, V @ P
         s = u.norm(dim=0)
         u = u / s.clamp_min(1e-300)
-        R = back(u) - v * s
+        R = SV @ P / s.clamp_min(1e-300) - v * s
         residuals = R.norm(dim=0) / s.max()
         apart = [j for j in wanted if residuals[j] > TOLERANCE]
         fresh = _directions(V, R[:, apart]) if apart and step < STEPS else R[:, :0]
         if not fresh.shape[1]:
             break
-        V, WV = torch.cat([V, fresh], dim=1), torch.cat([WV, times(fresh)], dim=1)
+        V, WV, SV = (torch.cat(parts, dim=1) for parts in zip((V, WV, SV), (fresh, *squared(fresh)), strict=True))
     for column in (j for j in range(k) if not solid[j]):
         u[:, column], v[:, column] = left[:, column], right[:, column]
     there = old.left.device
@@ -348,29 +348,34 @@ def _directions(V: Float[Tensor, "in c"], R: Float[Tensor, "in a"]) -> Float[Ten
     return torch.linalg.qr(U - V @ (V.t() @ U)).Q
 
 
-def _products(
-    weight: Float[Tensor, "out in"], change: LayerDelta
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Give X ↦ W X and Y ↦ Wᵀ Y in float64, never widening the whole of a weight."""
+def _products(weight: Float[Tensor, "out in"], change: LayerDelta) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Give X ↦ W X, WᵀW X in float64: one pass over a weight that is never widened as a whole, two where it is stored turned."""
     turned = not weight.is_contiguous()
     stored = weight.t() if turned else weight
     moved = None if isinstance(change, LowRank) else change.weight.to(weight.device)
     moved = moved.t() if turned and moved is not None else moved
-    starts = range(0, stored.shape[0], ROWS)
+    pair: tuple[Tensor, Tensor] | None = None
+    if isinstance(change, LowRank):
+        pair = change.B.to(weight.device).double() * change.scale, change.A.to(weight.device).double()
 
-    def block(start: int) -> Tensor:
-        rows = stored[start : start + ROWS].double()
-        return rows if moved is None else rows + moved[start : start + ROWS]
+    def strips() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, stored.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            strip = stored[rows].double()
+            yield rows, strip if moved is None else strip + moved[rows]
 
-    def down(X: Tensor) -> Tensor:
-        return torch.cat([block(start) @ X for start in starts])
-
-    def up(Y: Tensor) -> Tensor:
+    def squared(X: Tensor) -> tuple[Tensor, Tensor]:
+        image = X.new_zeros(weight.shape[0], X.shape[1]) if pair is None else pair[0] @ (pair[1] @ X)
         # Yᵀ W, not Wᵀ Y: MKL is many times slower at the latter for a dozen columns.
-        return torch.stack([Y[start : start + ROWS].t() @ block(start) for start in starts]).sum(0).t()
+        if turned:
+            image += sum((X[rows].t() @ strip for rows, strip in strips()), start=X.new_zeros(X.shape[1], 1)).t()
+            square = torch.cat([strip @ image for _, strip in strips()])
+        else:
+            square = X.new_zeros(X.shape[1], X.shape[0])
+            for rows, strip in strips():
+                image[rows] += strip @ X
+                square += image[rows].t() @ strip
+            square = square.t()
+        return image, square if pair is None else square + pair[1].t() @ (pair[0].t() @ image)
 
-    times, back = (up, down) if turned else (down, up)
-    if not isinstance(change, LowRank):
-        return times, back
-    A, B, scale = change.A.to(weight.device).double(), change.B.to(weight.device).double(), change.scale
-    return lambda X: times(X) + scale * (B @ (A @ X)), lambda Y: back(Y) + scale * (A.t() @ (B.t() @ Y))
+    return squared
