@@ -12,7 +12,7 @@ from torch import Tensor
 from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.spectral.intruders import Intruders
 from loralab.spectral.krylov import Triplets
-from loralab.spectral.repair import FAMILIES, MATCHED, Edit, compressed, edited, frobenius, sharpened
+from loralab.spectral.repair import FAMILIES, MATCHED, Edit, compressed, edited, norm_of, sharpened
 from loralab.spectral.thresholds import omega
 
 quick = settings(max_examples=60)
@@ -130,9 +130,9 @@ def test_the_matched_control_is_the_change_itself_at_the_edits_norm(case, family
 @given(cases(), strengths)
 def test_the_norm_of_a_change_is_that_of_its_dense_form(case, strength: float) -> None:
     change = case[1]
-    assert frobenius(change) == pytest.approx(float(np.linalg.norm(array(change))), rel=1e-9, abs=1e-9)
+    assert norm_of(change) == pytest.approx(float(np.linalg.norm(array(change))), rel=1e-9, abs=1e-9)
     scaled = edited(of(change), Edit("scale", strength))["q"]
-    assert frobenius(scaled) == pytest.approx(strength * frobenius(change), rel=1e-6, abs=1e-9)
+    assert norm_of(scaled) == pytest.approx(strength * norm_of(change), rel=1e-6, abs=1e-9)
 
 
 @quick
