@@ -128,7 +128,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
     best_step = _take_best(folder, prepared, watch.best_step)
     delta_step = loop.step if best_step is None else best_step
     if delta_step == 0:
-        display.note("warning: nothing was better than the start, which is what is saved")
+        watch.on_warning("nothing was better than the start, which is what is saved", loop.step)
     save_delta(folder, prepared)
     write_items(folder, watch.base_readings, watch.final_readings(delta_step))
     if spec.probes.spectra:

@@ -5,6 +5,7 @@ Legend: W₀ (out, in) the base weight, ΔW its change, W = W₀ + ΔW. A block 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,9 @@ from loralab.errors import DeltaError
 
 STRIP = 256
 """Rows of W (4096 wide: 4 MB) that W x and then Wᵀ(W x) pass over while they lie in the cache."""
+
+WIDE_STRIP = 128
+"""The same for rows that are converted to float64: 4 MB where W is 4096 wide, still in the cache for the second product."""
 
 THIN = 4
 """A pair is kept as a pair while its rank is at most min(out, in) / THIN; above that forming W is cheaper."""
@@ -79,6 +83,46 @@ class Matrix:
         if self.thin is not None:
             square.addmm_(image @ self.thin.reach.t(), self.thin.source)
         return image, square
+
+
+class Stored:
+    """W₀, or W₀ + ΔW, in float64 from what is stored: `Tuned.double()`, but a strip of rows at a time."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], change: LayerDelta | None = None) -> None:
+        self.height, self.is_turned = weight.shape[0], not weight.is_contiguous()
+        self.weight = self._as_it_lies(weight.detach())
+        self.whole: Tensor | None = None
+        self.pair: tuple[Tensor, Tensor] | None = None
+        if isinstance(change, LowRank):
+            B, A = (part.detach().to(weight.device, torch.float64) for part in (change.B, change.A))
+            self.pair = B * change.scale, A
+        elif change is not None:
+            self.whole = self._as_it_lies(change.weight.detach().to(weight.device))
+
+    def _as_it_lies(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.is_turned else matrix
+
+    def _strips(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.weight.shape[0], WIDE_STRIP):
+            rows = slice(start, start + WIDE_STRIP)
+            strip = self.weight[rows].double()
+            yield rows, strip if self.whole is None else strip + self.whole[rows].double()
+
+    def squared(self, X: Float[Tensor, "in ..."]) -> tuple[Float[Tensor, "out ..."], Float[Tensor, "in ..."]]:
+        """Give W X and WᵀW X of a vector or of columns, in one pass over W; in two where it is stored turned."""
+        image = X.new_zeros(self.height, *X.shape[1:]) if self.pair is None else self.pair[0] @ (self.pair[1] @ X)
+        # Yᵀ W, not Wᵀ Y: MKL is many times slower at the latter for a dozen columns.
+        if self.is_turned:
+            for rows, strip in self._strips():
+                image += (X[rows].t() @ strip).t()
+            square = torch.cat([strip @ image for _, strip in self._strips()])
+        else:
+            turned = torch.zeros_like(X.t())
+            for rows, strip in self._strips():
+                image[rows] += strip @ X
+                turned += image[rows].t() @ strip
+            square = turned.t()
+        return image, square if self.pair is None else square + self.pair[1].t() @ (self.pair[0].t() @ image)
 
 
 class Tuned:

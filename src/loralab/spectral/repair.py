@@ -7,7 +7,7 @@ so λ = 1 changes nothing, bit for bit; what it touches is kept in float32 at le
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from loralab.delta.lowrank import Delta, Dense, LayerDelta, LowRank
 from loralab.errors import DeltaError, did_you_mean
 from loralab.spectral.intruders import Intruders
 from loralab.spectral.krylov import Triplets
+from loralab.spectral.products import Stored
 from loralab.spectral.thresholds import compressed, norm_of, thresholded, widened
 
 __all__ = ["FAMILIES", "Edit", "compressed", "default_sweep", "depth_of", "edited", "norm_of", "sharpened", "touched"]
@@ -39,9 +40,6 @@ MATCHED = ("top1", "all", "threshold")
 
 TOLERANCE, STEPS = 1e-9, 60
 """Residual ‖Wᵀu − s v‖ / s₁ that `sharpened` aims at, and its most steps."""
-
-ROWS = 256
-"""Rows of a weight that are widened to float64 at a time."""
 
 # What a token passes before the first block; gpt_neox calls its head embed_out.
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared|project_in)(\.|$)")
@@ -311,10 +309,10 @@ def sharpened(weight: Float[Tensor, "out in"], change: LayerDelta, known: Intrud
         return known
     if tuple(weight.shape) != tuple(change.shape):
         raise DeltaError(f"the delta is {tuple(change.shape)}, the weight {tuple(weight.shape)}")
-    squared = _products(weight, change)
+    matrix = Stored(weight, change)
     left, right = old.left.to(weight.device).double(), old.right.to(weight.device).double()
     V = torch.linalg.qr(right).Q
-    WV, SV = squared(V)
+    WV, SV = matrix.squared(V)
     for step in range(STEPS + 1):
         P = torch.linalg.eigh(WV.t() @ WV).eigenvectors.flip(1)[:, :k]
         P = P[:, linear_sum_assignment(-(right.t() @ (V @ P)).abs().cpu().numpy())[1]]
@@ -327,7 +325,9 @@ def sharpened(weight: Float[Tensor, "out in"], change: LayerDelta, known: Intrud
         fresh = _directions(V, R[:, apart]) if apart and step < STEPS else R[:, :0]
         if not fresh.shape[1]:
             break
-        V, WV, SV = (torch.cat(parts, dim=1) for parts in zip((V, WV, SV), (fresh, *squared(fresh)), strict=True))
+        V, WV, SV = (
+            torch.cat(parts, dim=1) for parts in zip((V, WV, SV), (fresh, *matrix.squared(fresh)), strict=True)
+        )
     for column in (j for j in range(k) if not solid[j]):
         u[:, column], v[:, column] = left[:, column], right[:, column]
     there = old.left.device
@@ -346,36 +346,3 @@ def _directions(V: Float[Tensor, "in c"], R: Float[Tensor, "in a"]) -> Float[Ten
     U, s, _ = torch.linalg.svd(R / R.norm(dim=0), full_matrices=False)
     U = U[:, s > 1e-6]
     return torch.linalg.qr(U - V @ (V.t() @ U)).Q
-
-
-def _products(weight: Float[Tensor, "out in"], change: LayerDelta) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Give X ↦ W X, WᵀW X in float64: one pass over a weight that is never widened as a whole, two where it is stored turned."""
-    turned = not weight.is_contiguous()
-    stored = weight.t() if turned else weight
-    moved = None if isinstance(change, LowRank) else change.weight.to(weight.device)
-    moved = moved.t() if turned and moved is not None else moved
-    pair: tuple[Tensor, Tensor] | None = None
-    if isinstance(change, LowRank):
-        pair = change.B.to(weight.device).double() * change.scale, change.A.to(weight.device).double()
-
-    def strips() -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, stored.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            strip = stored[rows].double()
-            yield rows, strip if moved is None else strip + moved[rows]
-
-    def squared(X: Tensor) -> tuple[Tensor, Tensor]:
-        image = X.new_zeros(weight.shape[0], X.shape[1]) if pair is None else pair[0] @ (pair[1] @ X)
-        # Yᵀ W, not Wᵀ Y: MKL is many times slower at the latter for a dozen columns.
-        if turned:
-            image += sum((X[rows].t() @ strip for rows, strip in strips()), start=X.new_zeros(X.shape[1], 1)).t()
-            square = torch.cat([strip @ image for _, strip in strips()])
-        else:
-            square = X.new_zeros(X.shape[1], X.shape[0])
-            for rows, strip in strips():
-                image[rows] += strip @ X
-                square += image[rows].t() @ strip
-            square = square.t()
-        return image, square if pair is None else square + pair[1].t() @ (pair[0].t() @ image)
-
-    return squared

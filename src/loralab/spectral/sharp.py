@@ -16,13 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loralab.delta.lowrank import LayerDelta, LowRank
 from loralab.spectral.bounds import Bounds
 from loralab.spectral.krylov import Triplets, rayleigh_ritz
-from loralab.spectral.products import Tuned
-
-STRIP = 128
-"""Rows of W that are converted at a time: 4 MB where W is 4096 wide, still in the cache for the second product."""
+from loralab.spectral.products import Stored, Tuned
 
 LOOSE = 1e-6
 """Rounding of a float32 value, in units of s₁."""
@@ -38,34 +34,6 @@ ENOUGH = 1e-9
 
 ROUNDS = 24
 """Rounds for each vector, on average, after which it is as well."""
-
-
-class Stored:
-    """W₀, or W₀ + ΔW, in float64 from what is stored: `Tuned.double()`, but a strip of rows at a time."""
-
-    def __init__(self, weight: Float[Tensor, "out in"], change: LayerDelta | None = None) -> None:
-        self.weight = weight.detach()
-        self.whole: Tensor | None = None
-        self.pair: tuple[Tensor, Tensor] | None = None
-        if isinstance(change, LowRank):
-            B, A = (part.detach().to(weight.device, torch.float64) for part in (change.B, change.A))
-            self.pair = B * change.scale, A
-        elif change is not None:
-            self.whole = change.weight.detach().to(weight.device)
-
-    def squared(self, v: Float[Tensor, " in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, " in"]]:
-        """Give W v and Wᵀ W v."""
-        height, square = self.weight.shape[0], torch.zeros_like(v)
-        image = v.new_zeros(height) if self.pair is None else self.pair[0] @ (self.pair[1] @ v)
-        for rows in (slice(i, i + STRIP) for i in range(0, height, STRIP)):
-            strip = self.weight[rows].double()
-            if self.whole is not None:
-                strip = strip + self.whole[rows].double()
-            image[rows] += strip @ v
-            square += image[rows] @ strip
-        if self.pair is not None:
-            square += (image @ self.pair[0]) @ self.pair[1]
-        return image, square
 
 
 class Refined:
