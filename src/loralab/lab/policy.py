@@ -6,7 +6,6 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.model import Base
@@ -19,13 +18,21 @@ from loralab.evals.policy_probe import HELD_OUT, REWARD, PolicyProbe, PolicySamp
 from loralab.evals.probe import Probe
 from loralab.evals.stats import Score
 from loralab.evals.tasks import Task
-from loralab.lab.prepare import Prepared, exam_probes_of, load_base, refuse_missing_files, refuse_short, sources_of
+from loralab.lab.prepare import (
+    Prepared,
+    exam_probes_of,
+    fingerprints_of,
+    items_of,
+    load_base,
+    refuse_missing_files,
+    refuse_short,
+    sources_of,
+)
 from loralab.lab.probes import kept_samples, task_probes, text_probes
 from loralab.lab.prompts import Asked, Batches, Prompts, read_prompts
 from loralab.lab.reward_models import RewardModels, read_reward
 from loralab.lab.rewards import Rewards, is_delta, look_for_rewards, refuse_ungradable, rewards_of
 from loralab.lab.rollouts import Rollouts, answered, seed_of
-from loralab.lab.tasks import fingerprint, has_items, read_tasks
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.methods.value import Value, WithValue
@@ -33,7 +40,6 @@ from loralab.spec.method import LoraSpec
 from loralab.spec.objective import PolicySpec
 from loralab.spec.spec import RunSpec, SourceSpec
 from loralab.training.loss import LanguageHead
-from loralab.training.objectives import Loss
 from loralab.training.objectives.policy import PolicyObjective
 from loralab.training.recompute import recompute_
 
@@ -64,8 +70,7 @@ class PolicyData:
         """Name what the run reads by content."""
         found: dict[str, Any] = {name: one.fingerprint for name, one in self._parts() if len(one)}
         found |= {f"reward {path}": mark for path, mark in self.rewards.items()}
-        found |= {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
-        return found | {f"{role} {one.skill}": one.facts for role, exams in self.exams.items() for one in exams}
+        return found | fingerprints_of(self.tasks, self.exams)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     probes += task_probes(data.tasks, exams, head, base)
     limits = Limits(objective)
     best = ("policy/held_out", True) if objective.patience is not None else None
-    return Prepared(base, data, method, attachment, WithLimits(policy, limits), probes, samples, total, best, limits)
+    return Prepared(base, data, method, attachment, policy, probes, samples, total, best, limits)
 
 
 def _refuse_what_means_nothing(spec: RunSpec, objective: PolicySpec) -> None:
@@ -205,10 +210,7 @@ def _read(spec: RunSpec, objective: PolicySpec, base: Base) -> PolicyData:
         "overlong": data.overlong,
     }
     general = tokenise(sources_of(data.general, "auto", None), tokenizer, **rules) if data.general else None
-    roles = {"target": spec.probes.target, "source": spec.probes.source}
-    named = {role: [task for task in written if has_items(task)] for role, written in roles.items()}
-    tasks = {role: read_tasks(written) for role, written in named.items() if written}
-    return PolicyData(train, validation, general, tasks)
+    return PolicyData(train, validation, general, items_of(spec))
 
 
 def _attach(spec: RunSpec, objective: PolicySpec, base: Base) -> tuple[Method, Value | None, Attachment]:
@@ -275,6 +277,14 @@ class Limits:
         self.best: float | None = None
         self.waited = 0
 
+    def state(self) -> dict[str, Any]:
+        """Give what was seen, so that a resumed run ends where an uninterrupted one does."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what was seen."""
+        self.best, self.waited = state["best"], state["waited"]
+
     def __call__(self, scores: Sequence[Score]) -> str | None:
         found = {score.name: score.value for score in scores}
         kl, forgotten, held_out = (found.get(f"{n}") for n in ("policy/kl", "general/loss_rise", "policy/held_out"))
@@ -289,24 +299,3 @@ class Limits:
         if self.patience is not None and self.waited >= self.patience:
             return f"the held-out reward has not risen for {self.waited} evaluations (its best is {self.best:.4g})"
         return None
-
-
-class WithLimits:
-    """An objective whose state holds what the limits have seen too, so that a resumed run ends where an uninterrupted one does."""
-
-    def __init__(self, objective: PolicyObjective, limits: Limits) -> None:
-        self.objective, self.seen = objective, limits
-
-    def batches(self, model: nn.Module) -> Iterator[list[Any]]:
-        return self.objective.batches(model)
-
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
-        return self.objective.loss(model, batch)
-
-    def state(self) -> dict[str, Any]:
-        return {**self.objective.state(), "limits": {"best": self.seen.best, "waited": self.seen.waited}}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        before = state["limits"]
-        self.seen.best, self.seen.waited = before["best"], before["waited"]
-        self.objective.load_state(state)

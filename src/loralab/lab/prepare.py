@@ -1,6 +1,6 @@
 """From the spec of a run on text to its objects: base, data, method, probes; and what other objectives share of that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -19,12 +19,12 @@ from loralab.errors import DataError, LoralabError, ModelError, SpecError
 from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.probe import Probe
 from loralab.evals.samples import Samples
-from loralab.evals.stats import Score
 from loralab.evals.tasks import Task
 from loralab.evals.texts import TextEngine
 from loralab.lab.exam_probes import exam_probes, look_for_exams
 from loralab.lab.probes import kept_samples, task_probes, text_probes
 from loralab.lab.tasks import fingerprint, has_items, look_for, read_tasks
+from loralab.lab.watch import Limits
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
 from loralab.pocket import world
@@ -75,17 +75,13 @@ class Data:
         found: dict[str, Any] = {
             name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)
         }
-        found |= {f"{role} tasks": fingerprint(tasks) for role, tasks in self.tasks.items()}
-        return found | {f"{role} {one.skill}": one.facts for role, exams in self.exams.items() for one in exams}
+        return found | fingerprints_of(self.tasks, self.exams)
 
     @property
     def report(self) -> dict[str, Any]:
         """Count what became of every row."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
-
-
-Limits = Callable[[Sequence[Score]], str | None]
 
 
 @dataclass(frozen=True)
@@ -234,8 +230,7 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     # Form and template describe the target's rows; general text is of another kind and says its own, if any.
     validation = corpus(sources_of(data.validation, data.form, data.template))
     general = corpus(sources_of(data.general, "auto", None))
-    named = {role: [task for task in written if has_items(task)] for role, written in _roles(spec).items()}
-    tasks = {role: read_tasks(written) for role, written in named.items() if written}
+    tasks = items_of(spec)
     training = sources_of(data.train, data.form, data.template)
     if data.streaming:
         head = tokenise_head(training, tokenizer, rows=STREAM_HEAD_ROWS, **rules)
@@ -249,6 +244,18 @@ def read_data(spec: RunSpec, base: Base) -> Data:
     if validation is None and data.validation_share > 0:
         train, validation = train.hold_out(data.validation_share)
     return Data(Feed(train, **portions), train, validation, general, tasks)
+
+
+def items_of(spec: RunSpec) -> dict[str, list[Task]]:
+    """Read the items of each role that names some."""
+    named = {role: [task for task in written if has_items(task)] for role, written in _roles(spec).items()}
+    return {role: read_tasks(written) for role, written in named.items() if written}
+
+
+def fingerprints_of(tasks: Mapping[str, list[Task]], exams: Mapping[str, list[ExamProbe]]) -> dict[str, Any]:
+    """Name items and exams by content."""
+    found: dict[str, Any] = {f"{role} tasks": fingerprint(mine) for role, mine in tasks.items()}
+    return found | {f"{role} {one.skill}": one.facts for role, mine in exams.items() for one in mine}
 
 
 def _roles(spec: RunSpec) -> dict[str, list[TaskSpec]]:

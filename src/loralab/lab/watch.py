@@ -35,6 +35,16 @@ class Display(Protocol):
     def end(self) -> None: ...
 
 
+class Limits(Protocol):
+    """Tells after an evaluation why the run should end, if it should."""
+
+    def __call__(self, scores: Sequence[Score]) -> str | None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
 class Silent:
     """A display that shows nothing."""
 
@@ -68,7 +78,7 @@ class RunWatch:
         display: Display,
         mirrors: Sequence[Mirror] = (),
         best: tuple[str, bool] | None = None,
-        limits: Callable[[Sequence[Score]], str | None] | None = None,
+        limits: Limits | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         wall_s: float = 0.0,
     ) -> None:
@@ -240,6 +250,8 @@ class RunWatch:
             self._best = (merit, step)
         full = state()
         full.facts["watch"] = {"best": self._best, "wall_s": self.wall_s, "cost": asdict(self.cost), "end": self.end}
+        if self.limits is not None:
+            full.facts["watch"]["limits"] = self.limits.state()
         write_checkpoint(self.folder.checkpoints, full)
         self._saved_at = step
         prune(self.folder.checkpoints, self.keep_last, self._best[1] if self._best else None)
@@ -251,3 +263,5 @@ class RunWatch:
         self._best = tuple(facts["best"]) if facts["best"] else None
         self._begin = time.perf_counter() - facts["wall_s"]
         self.cost, self.end = Cost(**facts.get("cost", {})), facts.get("end", "")
+        if self.limits is not None and "limits" in facts:
+            self.limits.load_state(facts["limits"])

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from loralab.base.data import Batch
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -19,13 +17,13 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What is optimised."""
+    """What is optimised. A batch is of its own kind; the loop looks at nothing but `tokens`."""
 
-    def batches(self, model: nn.Module) -> Iterator[list[Batch]]:
+    def batches(self, model: nn.Module) -> Iterator[list[Any]]:
         """Give the micro-batches of one optimizer step after another, without end."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Give the summed loss of a micro-batch and its weight."""
         ...
 
