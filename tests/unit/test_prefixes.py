@@ -64,7 +64,7 @@ def only_tree(paths: list[tuple[int, ...]], joints: list[int]) -> Tree:
 
 
 @pytest.mark.parametrize("context", [SHORTEST, SHORTEST + 1, 200])
-@pytest.mark.parametrize("alike", [0, 3, SHORTEST - 1])
+@pytest.mark.parametrize("alike", [0, 1, SHORTEST - 1])
 def test_a_context_is_there_once_for_all_its_continuations(context, alike):
     """Continuations that begin with a few equal tokens do not move the joint: there, all of them can share."""
     begin = tuple(range(context))
