@@ -271,6 +271,14 @@ def test_chosen_is_better_than_rejected():
     assert min(longer.values()) > 100  # length alone does not give the answer away
 
 
+def test_close_pairs_are_told_apart_by_what_was_asked_alone():
+    for row in world.rows("pocket:preferences?items=300&difficulty=4"):
+        chosen, rejected = (true_reward(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+        assert chosen - rejected in (1, 2)
+        nothing_asked = "story of x and y: "
+        assert true_reward(nothing_asked, row["chosen"]) == true_reward(nothing_asked, row["rejected"])
+
+
 # Addresses
 
 

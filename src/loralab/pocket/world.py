@@ -1,7 +1,8 @@
 """Addresses of the pocket world: `pocket:NAME` in a recipe is a training text, or a suite of items to be graded.
 
 `pocket:NAME/SPLIT?items=5000&difficulty=2&seed=1`: NAME is a skill, `source` (all that the base learned), or one of the targets
-`calc`, `stack` and `cipher`; without SPLIT, texts are of `train` and suites of `test`. Seeded generators make everything.
+`calc`, `stack` and `cipher`; without SPLIT, texts are of `train` and suites of `test`. `preferences` are pairs of stories; from
+difficulty 4 on, such as only the prompt tells apart. Seeded generators make everything.
 """
 
 import itertools
@@ -29,6 +30,8 @@ PREFERENCES = "preferences"
 NAMES = ("source", *SOURCE, *TARGETS, PREFERENCES)
 
 TRAIN_ITEMS, SUITE_ITEMS = 20_000, 40
+CLOSE_FROM = 4
+"""From this difficulty on, preferences are pairs that only the prompt tells apart."""
 PATIENCE = 300
 MIXTURE = {"story": 0.2, "count": 2, "find": 2, "add": 2, "subtract": 2, "shift": 2, "recall": 2}
 """Weights of skills in the source text, 1 where none is named: stories are many times longer than answers, and what is
@@ -85,7 +88,7 @@ def rows(path: str) -> list[dict[str, str]]:
     """Give the rows of a text: `prompt` and `completion`, `text` where it is unlabelled, or `prompt`, `chosen`, `rejected`."""
     address = parse(path)
     if address.name == PREFERENCES:
-        drawn_pairs = pairs(address.split or "train", seed=address.seed)
+        drawn_pairs = pairs(address.split or "train", seed=address.seed, close=address.difficulty >= CLOSE_FROM)
         return list(itertools.islice(drawn_pairs, address.items or TRAIN_ITEMS))
     drawn = itertools.islice(draws(address), address.items or TRAIN_ITEMS)
     return [{"prompt": i.prompt, "completion": i.completion} if i.prompt else {"text": i.completion} for i in drawn]
