@@ -17,6 +17,7 @@ from loralab.pocket.items import Item, split_of, stream
 from loralab.pocket.preferences import LONGEST, true_reward
 from loralab.pocket.stack import STEPS as STACK_STEPS
 from loralab.pocket.stack import MachineError, passes, run
+from loralab.pocket.stories import asked
 
 DRAWS = 100_000
 SKILLS = {**world.SOURCE, **world.TARGETS}
@@ -271,12 +272,12 @@ def test_chosen_is_better_than_rejected():
     assert min(longer.values()) > 100  # length alone does not give the answer away
 
 
-def test_close_pairs_are_told_apart_by_what_was_asked_alone():
+def test_close_pairs_are_one_story_with_an_asked_word_exchanged():
     for row in world.rows("pocket:preferences?items=300&difficulty=4"):
-        chosen, rejected = (true_reward(row["prompt"], row[side]) for side in ("chosen", "rejected"))
-        assert chosen - rejected in (1, 2)
-        nothing_asked = "story of x and y: "
-        assert true_reward(nothing_asked, row["chosen"]) == true_reward(nothing_asked, row["rejected"])
+        chosen, rejected = (row[side].replace(".", " ").split() for side in ("chosen", "rejected"))
+        exchanged = {(mine, other) for mine, other in zip(chosen, rejected, strict=True) if mine != other}
+        assert len(exchanged) == 1
+        assert exchanged.pop()[0] in asked(row["prompt"])
 
 
 # Addresses

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from loralab.pocket.items import Split, stream
 from loralab.pocket.stories import ANIMALS, GLAD, KIND, SAD, THINGS, UNKIND, asked, story, tell
@@ -15,23 +16,11 @@ def true_reward(prompt: str, text: str) -> float:
 
     A story that does not end with a full stop loses a point, and each character beyond `LONGEST` a hundredth.
     """
-    asked_for = len({*asked(prompt)} & {*_words(text)})
-    points, beyond = _manner(text)
-    return float(asked_for + points) - beyond / 100
-
-
-def _manner(text: str) -> tuple[int, int]:
-    """Give the points that need no prompt (kindness, mood, full stop), and the characters beyond the longest."""
-    words = _words(text)
-    points = sum(
-        any(word in good for word in words) - any(word in bad for word in words)
-        for good, bad in ((KIND, UNKIND), (GLAD, SAD))
-    )
-    return points - (not text.endswith(".")), max(0, len(text) - LONGEST)
-
-
-def _words(text: str) -> list[str]:
-    return text.replace(".", " ").split()
+    words = text.replace(".", " ").split()
+    reward = float(len({*asked(prompt)} & {*words}))
+    for good, bad in ((KIND, UNKIND), (GLAD, SAD)):
+        reward += any(word in good for word in words) - any(word in bad for word in words)
+    return reward - (not text.endswith(".")) - max(0, len(text) - LONGEST) / 100
 
 
 def pairs(split: Split, *, seed: int = 0, close: bool = False) -> Iterator[dict[str, str]]:
@@ -40,16 +29,29 @@ def pairs(split: Split, *, seed: int = 0, close: bool = False) -> Iterator[dict[
     Args:
         split: of the prompts.
         seed: of the draws.
-        close: only pairs of the same manner, so that nothing but the asked animal and thing decides. Of all pairs, where they are
-            one in four, a judge that never looks at the prompt gets 88 % right.
+        close: only pairs of one story with the asked animal and thing, and the same story with one of them exchanged. In other
+            pairs a judge that never looks at the prompt gets 88 % right, and is hard to move from there.
     """
     rng = random.Random(f"{seed}/{split}/pairs{'/close' if close else ''}")
     for item in stream(story, split, seed=seed):
-        first, second = _answer(rng, item.prompt), _answer(rng, item.prompt)
+        if close:
+            first, second = _told_twice(rng, item.prompt)
+        else:
+            first, second = _answer(rng, item.prompt), _answer(rng, item.prompt)
         gain = true_reward(item.prompt, first) - true_reward(item.prompt, second)
-        if gain and not (close and _manner(first) != _manner(second)):
+        if gain:
             chosen, rejected = (first, second) if gain > 0 else (second, first)
             yield {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _told_twice(rng: random.Random, prompt: str) -> tuple[str, str]:
+    """Tell the asked story, and tell it again with another animal or another thing."""
+    told = tell(rng, *asked(prompt))
+    if rng.random() < 0.5:
+        again = replace(told, animal=rng.choice([name for name in ANIMALS if name not in (told.animal, told.other)]))
+    else:
+        again = replace(told, thing=rng.choice([name for name in THINGS if name != told.thing]))
+    return told.text, again.text
 
 
 def _answer(rng: random.Random, prompt: str) -> str:
