@@ -36,6 +36,7 @@ QUIET = ["probes.source=[]", "probes.spectra=false"]
 POLICY = [*QUIET, "probes.every=0.5", "probes.samples=8"]
 SCORED = ["probes.spectra=false"]
 FIRST = "FIRST"
+LESSON = ("pocket-reward-close", *SCORED)
 RANKS = {
     "rank 1": ["method.rank=1", "optimizer.learning_rate=2e-3"],
     "rank 8": ["method.rank=8"],
@@ -54,8 +55,8 @@ class Question:
     """Name of the score; where it has a paired change, that is shown too."""
     also: tuple[str, ...] = ()
     shared: list[str] = field(default_factory=list)
-    first: tuple[str, ...] = ()
-    """Recipe and changes of a run that comes before; `FIRST` in a change stands for the folder of what it learned."""
+    first: tuple[tuple[str, ...], ...] = ()
+    """Recipe and changes of runs that come before; `FIRST` in a change stands for what the one before it learned."""
 
     @property
     def yardstick(self) -> str:
@@ -77,12 +78,18 @@ def _thumbs(year: str) -> Question:
         f"is a LoRA reward model as good as a full one on thumbs of agents (Taskmaster TM-{year})?",
         "reward-taskmaster-lora",
         {
-            "all linear, rank 8": ["method.targets=all-linear", "optimizer.learning_rate=1e-3"],
+            "all linear, rank 8": ["method.targets=all-linear", "optimizer.learning_rate=3e-3"],
             "full": ["method={name: full}", "optimizer.learning_rate=3e-4"],
         },
         "target/auc",
         ("target/balanced_accuracy", "target/accuracy", "target/majority", "target/calibration_error"),
-        [*shared, f"data.train=[{', '.join(str(file) for file in files)}]", "probes.every=0.34", *SCORED],
+        [
+            *shared,
+            f"data.train=[{', '.join(str(file) for file in files)}]",
+            "probes.every=0.34",
+            "checkpoints.every=0.34",
+            *SCORED,
+        ],
     )
 
 
@@ -122,22 +129,28 @@ def _graded(task: str) -> Question:
         "policy/reward",
         ("policy/kl", "policy/entropy", "policy/distinct", "general/loss_rise"),
         shared,
-        ("pocket-lora", f"name=tuned-{task}", *tuned),
+        (("pocket-lora", f"name=tuned-{task}", *tuned),),
     )
 
 
 QUESTIONS = {
-    "reward-ranks": Question(
-        "how good is a LoRA reward model on stories, by rank, against a full one?",
+    "reward": Question(
+        "how good is a LoRA reward model on stories against a full one, both after the same first lesson?",
         "pocket-reward",
-        {
-            "rank 1": ["method.rank=1"],
-            "rank 16": ["method.rank=16"],
-            "full": ["method={name: full}", "optimizer.learning_rate=1e-3"],
-        },
+        {"rank 16": [], "full": ["method={name: full}", "optimizer.learning_rate=3e-4"]},
         "target/accuracy",
         ("target/loss", "target/calibration_error", "target/length_correlation"),
-        SCORED,
+        ["model.delta=FIRST", *SCORED],
+        (LESSON,),
+    ),
+    "proxy": Question(
+        "what does a policy earn that is trained on a learned reward, beside one that is trained on the true one?",
+        "pocket-rl",
+        {"learned reward": ["objective.reward=FIRST"], "true reward": []},
+        "policy/held_out",
+        ("policy/reward", "policy/kl", "general/loss_rise", "policy/distinct"),
+        ["objective.held_out=pocket:true", "train.steps=80", *POLICY, "probes.every=0.125"],
+        (LESSON, ("pocket-reward", "model.delta=FIRST", *SCORED)),
     ),
     "policy-ranks": Question(
         "does a LoRA policy earn as much true reward on stories as a full one, from rank 1 on?",
@@ -145,7 +158,7 @@ QUESTIONS = {
         RANKS,
         "policy/reward",
         ("policy/kl", "general/loss_rise", "policy/distinct"),
-        POLICY,
+        ["train.steps=80", *POLICY],
     ),
 }
 QUESTIONS |= {name: _graded(name) for name in ("calc", "stack")}
@@ -166,19 +179,14 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     question, root = QUESTIONS[asked.question], Path(asked.runs) / asked.question
     learned = ""
-    if question.first:
-        recipe, *before = question.first
-        (first,) = train_all([loralab.recipe(recipe, before)], root.with_name(f"{root.name}-first"))
-        learned = str(first.delta)
+    for recipe, *before in question.first:
+        (made,) = train_all([loralab.recipe(recipe, _after(learned, before))], root.with_name("first"))
+        learned = str(made.delta)
     arms = _arms(question, asked.arms or list(question.arms), asked.rates)
     specs = {
         (arm, seed): loralab.recipe(
             question.recipe,
-            [
-                f"name={arm}",
-                f"seed={seed}",
-                *(change.replace(FIRST, learned) for change in [*question.shared, *mine, *asked.changes]),
-            ],
+            [f"name={arm}", f"seed={seed}", *_after(learned, [*question.shared, *mine, *asked.changes])],
         )
         for seed in asked.seeds
         for arm, mine in arms.items()
@@ -194,6 +202,11 @@ def main() -> None:
         record.add(question=asked.question, **row)
     console().print(table(list(rows[0]), [list(row.values()) for row in rows], title=question.asks))
     print(f"page: {loralab.write_report(root)}")
+
+
+def _after(learned: str, changes: Sequence[str]) -> list[str]:
+    """Write what was learned before where changes ask for it."""
+    return [change.replace(FIRST, learned) for change in changes]
 
 
 def _arms(question: Question, names: Sequence[str], rates: Sequence[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Ways to build each method, and the tiny world in which the battery runs."""
+"""Ways to build each method, also on a delta that exists already, and the tiny world in which the battery runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +11,12 @@ from loralab.base import attention
 from loralab.base.data import Batch, collate
 from loralab.base.model import Base
 from loralab.base.text import Example
+from loralab.delta.lowrank import Delta, LayerDelta, LowRank
+from loralab.delta.merge import merge_
 from loralab.methods import METHODS, Method
+from loralab.methods.full import Full
+from loralab.methods.lora import Lora
+from loralab.methods.start import FromDelta
 from loralab.training.loop import Loop
 from loralab.training.loss import LanguageHead
 from loralab.training.objectives.text import TextObjective
@@ -51,7 +56,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "peft-saved-norm": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "modules_to_save": ["norm"]}}),
     "peft-oft": ("peft", {"tuner": "OFT", "keys": {"oft_block_size": 4}}),
+    "full-from-delta": ("full", {}),
+    "full-attention-from-delta": ("full", {"targets": ["*self_attn*"]}),
+    "lora-from-delta": ("lora", {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "up_proj"], "also_train": ["*norm*"]}),
+    "lora_plus-from-delta": ("lora_plus", {"rank": 4, "alpha": 8.0, "ratio": 8.0}),
+    "cola-from-delta": ("cola", {"rank": 4, "alpha": 8.0, "links": 2, "ranks": [4, 2]}),
 }
+STARTED = [name for name in CASES if name.endswith("-from-delta")]
 OURS = [name for name, (kind, _) in CASES.items() if kind in ("lora", "lora_plus", "cola")]
 
 
@@ -74,10 +85,39 @@ def fresh_base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Bas
     return Base(model=model, tokenizer=None, path="tiny", revision=None, fingerprint="0" * 64)
 
 
+def start() -> Delta:
+    """A delta of the base: ranks and scales differ, layers are those of the cases in part, a norm was trained whole."""
+    generator = torch.Generator().manual_seed(3)
+
+    def pair(out: int, into: int, rank: int, scale: float) -> LowRank:
+        A, B = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+        return LowRank(A / 5, B / 5, scale)
+
+    layers: dict[str, LayerDelta] = {
+        "model.embed_tokens": pair(32, 101, 1, 1.0),
+        "model.layers.0.self_attn.q_proj": pair(32, 32, 3, 0.5),
+        "model.layers.1.self_attn.q_proj": pair(32, 32, 2, 2.0),
+        "model.layers.1.mlp.down_proj": pair(32, 48, 2, 3.0),
+    }
+    whole = {"model.norm.weight": 1 + torch.randn(32, generator=generator) / 5}
+    return Delta(layers, whole, "0" * 64, frozenset({"model.embed_tokens"}))
+
+
+def begun(case: str, dtype: torch.dtype = torch.float32) -> World:
+    """What training begins from, in plain weights: the base, or the base with the delta merged."""
+    base = fresh_base(dtype=dtype)
+    if case in STARTED:
+        merge_(base.model, start())
+    return World(base, Full(), LanguageHead(base.model))
+
+
 def world(case: str, *, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> World:
     kind, keys = CASES[case]
     base = fresh_base(family, dtype)
     method = METHODS[kind](**keys)
+    if case in STARTED:
+        assert isinstance(method, Lora | Full)
+        method = FromDelta(method, start())
     method.attach(base, seed)
     return World(base, method, LanguageHead(base.model))
 

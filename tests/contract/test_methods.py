@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from battery import CASES, OURS, FixedFeed, NoWatch, fresh_base, logits, loop_on, world
+from battery import CASES, OURS, STARTED, FixedFeed, NoWatch, begun, fresh_base, logits, loop_on, start, world
 from safetensors.torch import load_file
 
 from loralab.base import attention
@@ -19,9 +19,7 @@ MERGE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 @every_case
 def test_the_start_is_the_identity(case: str) -> None:
-    plain = world("full")
-    with torch.no_grad():
-        torch.testing.assert_close(logits(world(case)), logits(plain), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits(world(case)), logits(begun(case)), rtol=1e-5, atol=2e-5)
 
 
 @every_case
@@ -78,7 +76,7 @@ def test_base_plus_delta_is_the_merged_model(case: str, dtype: torch.dtype) -> N
     w = world(case, dtype=dtype)
     loop_on(w, steps=4).run(NoWatch())
     tuned, delta = logits(w), w.method.delta()
-    merged = fresh_base(dtype=dtype)
+    merged = begun(case, dtype).base
     merge_(merged.model, delta)
     w.carry(merged.model)
     torch.testing.assert_close(logits(w), tuned, rtol=MERGE_TOLERANCE[dtype], atol=MERGE_TOLERANCE[dtype])
@@ -86,7 +84,7 @@ def test_base_plus_delta_is_the_merged_model(case: str, dtype: torch.dtype) -> N
 
 @every_case
 def test_without_restores_the_base_exactly(case: str) -> None:
-    w, plain = world(case), logits(world("lora"))
+    w, plain = world(case), logits(begun(case))
     with w.method.without():
         untrained = logits(w)
     loop_on(w, steps=3).run(NoWatch())
@@ -96,6 +94,20 @@ def test_without_restores_the_base_exactly(case: str) -> None:
     torch.testing.assert_close(untrained, plain, rtol=1e-5, atol=2e-5)
     assert torch.equal(logits(w), tuned)
     assert not torch.allclose(tuned, untrained, atol=1e-4)
+
+
+@every_case
+def test_plain_restores_the_base_exactly_without_a_delta_that_it_wore(case: str) -> None:
+    w = world(case)
+    with w.method.plain():
+        untrained = logits(w)
+    loop_on(w, steps=3).run(NoWatch())
+    tuned = logits(w)
+    with w.method.plain():
+        assert torch.equal(logits(w), untrained)
+    torch.testing.assert_close(untrained, logits(begun("full")), rtol=1e-5, atol=2e-5)
+    assert torch.equal(logits(w), tuned)
+    assert (case in STARTED) == (not torch.allclose(untrained, logits(begun(case)), atol=1e-2))
 
 
 @every_case
@@ -138,7 +150,7 @@ def test_accumulation_does_not_change_the_result(case: str) -> None:
 def test_the_deltas_rank_is_at_most_the_promised_rank(case: str) -> None:
     w = world(case)
     loop_on(w, steps=6).run(NoWatch())
-    links = w.method.links()
+    links = w.method.links()[case in STARTED :]
     for name, layer in w.method.delta().items():
         assert isinstance(layer, LowRank)
         promised = sum(link[name].rank for link in links) if links else layer.rank
@@ -163,6 +175,22 @@ def test_peft_loads_our_adapter_and_we_load_it_back(case: str, tmp_path) -> None
     check_base(delta, back.base.model, "0" * 64)
     load_delta_(back.base.model, delta)
     torch.testing.assert_close(logits(back), tuned, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in STARTED if case in OURS])
+def test_what_a_run_from_a_delta_saves_is_the_sum_of_it_and_what_was_learned(case: str, tmp_path) -> None:
+    w = world(case)
+    loop_on(w, steps=4).run(NoWatch())
+    w.method.save(tmp_path)
+    first, learned, saved = start(), w.method.delta(), load_lowrank(tmp_path)
+    assert set(saved) == {*first, *learned} > set(first) & set(learned) > set()
+    for name, layer in saved.items():
+        parts = [part[name].dense(torch.float64) for part in (first, learned) if name in part]
+        torch.testing.assert_close(layer.dense(torch.float64), sum(parts), rtol=0, atol=1e-7)
+    assert all(torch.equal(w.method.links()[0][name].dense(), layer.dense()) for name, layer in first.items())
+    assert saved.whole.keys() == first.whole.keys() | learned.whole.keys()
+    norm = (learned.whole or first.whole)["model.norm.weight"]
+    assert torch.equal(saved.whole["model.norm.weight"], norm)
 
 
 @ours

@@ -115,6 +115,14 @@ CASES = {
     "a top-p of nothing": ((*PICK, "--samples", "2", "--top-p", "0"), ("top_p", "0")),
     "a temperature that is no number": ((*PICK, "--temperature", "nan"), ("temperature",)),
     "no chat template": ((*PICK, "--chat"), ("no chat template", "--chat")),
+    "examples before programs": (
+        ("--tasks", "code", "--fewshot", "3"),
+        ("fewshot says nothing to humaneval", "--fewshot", "asked as they stand"),
+    ),
+    "a chat template for items": (
+        ("--tasks", "pocket:copy,{world}/items.jsonl", "--chat"),
+        ("chat says nothing to ", "items.jsonl, pocket:copy: ", "where: --chat"),
+    ),
     "a delta that is not there": ((*PICK, "--delta", "{world}/lroa"), ("lroa", "did you mean")),
     "a folder without a delta": ((*PICK, "--delta", "{world}/nothing"), ("holds no delta", "adapter_config|PEFT")),
     "a delta of another kind": ((*PICK, "--delta", "{world}/other"), ("not made of plain low-rank pairs", "LOHA")),

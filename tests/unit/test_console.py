@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loralab.console.progress import Board
+from loralab.console.found import data_warnings
+from loralab.console.progress import Board, PlainDisplay
 from loralab.run.folder import RunFolder, append_line
 
 
@@ -129,3 +130,16 @@ def test_torn_or_odd_lines_are_passed_over(tmp_path, plain):
 def test_names_and_folders_belong_together(tmp_path, plain):
     with Board(["a", "b"], plain.console) as board, pytest.raises(ValueError):
         board.look([RunFolder(tmp_path / "a")])
+
+
+def test_held_out_examples_that_are_trained_on_are_said_as_a_run_begins(plain):
+    report = {"train": {"total": {"examples": 90}}, "validation": {"total": {"examples": 40, "in_training": 12}}}
+    (line,) = data_warnings(report)
+    assert line.startswith("12 of the 40 validation examples are trained on too")
+    facts = {"folder": "runs/a", "method": "lora", "model": "m", "device": "cpu", "dtype": "float32", "share": 0.1}
+    facts |= {"trained_parameters": 1, "all_parameters": 10, "total_steps": 4, "step": 0}
+    PlainDisplay(plain.console).begin({**facts, "data_report": report})
+    assert plain.take()[-1] == f"warning: {line}"
+    PlainDisplay(plain.console).begin(facts)
+    assert not any("warning" in line for line in plain.take())
+    assert data_warnings({"train": {"total": {}}}) == data_warnings({"validation": {"total": {"examples": 4}}}) == []

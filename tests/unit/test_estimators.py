@@ -77,6 +77,25 @@ def test_gradients_of_estimates_are_what_the_module_says_of_them() -> None:
     assert not torch.allclose(forward, backward, rtol=0.1)
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.7])
+def test_k3_weighted_by_the_ratio_is_unbiased_in_value_and_gradient(moved: float) -> None:
+    """Over tokens of the policy that wrote, which may have moved since: KL(π‖q) and ∇KL(π‖q). Without the weight, neither."""
+    logits, reference = two_softmaxes()
+    apart = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    old = torch.log_softmax(logits.detach() + moved * apart, -1)
+    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
+    kl = by_hand(logits, reference)
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    weighted = estimators.weighted_kl(log_p, old, log_q)
+    assert float(weighted.detach().min()) >= 0
+    found = (old.exp() * weighted).sum()
+    assert float(found.detach()) == pytest.approx(float(kl.detach()), abs=1e-12)
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    (plain,) = torch.autograd.grad((old.exp() * estimators.kl_per_token(log_p, log_q)).sum(), logits)
+    assert float((plain - expected).norm()) > 0.1 * float(expected.norm())
+
+
 def test_advantages_of_both_kinds_by_hand() -> None:
     rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=torch.float64)
     expected = torch.tensor([[1 - 8 / 2, 2 - 7 / 2, 6 - 3 / 2], [0, 0, 0]], dtype=torch.float64)

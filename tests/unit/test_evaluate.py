@@ -16,6 +16,7 @@ from loralab.lab import evaluate as evaluation
 from loralab.lab.deltas import names_of, read_delta
 from loralab.lab.evaluate import evaluate
 from loralab.lab.evaluation import read_evaluation
+from loralab.lab.questions import Questions, unheeded
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,23 @@ def test_the_command_prints_json(world, capsys):
     assert ("full", "pick/acc_norm") in names and ("base", "read/bits_per_byte") in names
     assert all(line["n"] == 5 for line in found["scores"])
     assert all((line["change"] is None) is (line["model"] == "base") for line in found["scores"])
+
+
+def test_tasks_that_an_option_says_nothing_to_are_named(world, tmp_path, capfd):
+    plain = (world / "tasks" / "pick.yaml").read_text()
+    shown = plain.replace("test: ", f"train: {world / 'pick.jsonl'}, test: ", 1).replace("task: pick", "task: shown")
+    (tmp_path / "shown.yaml").write_text(f"{shown}training_split: train\n")
+    items = world / "items.jsonl"
+    words = ["evaluate", world / "base", "--tasks", f"shown,{items}", "--include", tmp_path, "--device", "cpu"]
+    assert loralab(*words, "--limit", "2", "--fewshot", "1") == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"warning: fewshot said nothing to {items}: these are asked as they stand" in said
+    assert loralab(*words, "--limit", "2", "--fewshot", "0") == 0
+    assert "warning" not in capfd.readouterr().out, "none were asked for, and items have none"
+    found = Questions(["code", "hellaswag", "pocket:calc"], fewshot=2, chat=True)
+    deaf = ["humaneval", "pocket:calc"]
+    assert unheeded(found) == {"fewshot": deaf, "chat": deaf}
+    assert unheeded(Questions(["hellaswag"], fewshot=2, chat=True)) == unheeded(Questions(["code"])) == {}
 
 
 def test_the_command_prints_a_table_and_writes_a_folder(world, tmp_path, capfd):

@@ -56,3 +56,18 @@ def test_tuners_that_a_delta_cannot_hold_are_refused(tuner: str, keys: dict) -> 
     base = Base(model=model, tokenizer=None, path="tiny", revision=None, fingerprint="")
     with pytest.raises(TargetError, match=f"peft's {tuner}"):
         Peft(tuner=tuner, keys=keys).attach(base, 0)
+
+
+def test_a_fully_tuned_run_is_a_whole_model_already(tmp_path):
+    from loralab.errors import DeltaError
+    from loralab.lab.merging import merge
+
+    (tmp_path / "run" / "delta").mkdir(parents=True)
+    facts = '{"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}'
+    (tmp_path / "run" / "delta" / "config.json").write_text(facts)
+    for named in ("run", "run/delta"):
+        with pytest.raises(DeltaError, match="a whole model already, a LlamaForSequenceClassification") as caught:
+            merge(str(tmp_path / "no base"), str(tmp_path / named), str(tmp_path / "out"))
+        assert caught.value.where == str(tmp_path / "run" / "delta") and caught.value.exit_code == 2
+        assert f"use {tmp_path / 'run' / 'delta'} as it is" in str(caught.value.fix)
+    assert not (tmp_path / "out").exists()

@@ -173,7 +173,7 @@ def test_a_run_whose_answers_earn_nothing_at_first_goes_on(world, tmp_path, algo
     [
         ({"objective__max_kl": 1e-6}, 3, "the KL budget is spent: "),
         ({"objective__max_forgetting": 1e-3, **LEARNS["lora"]}, 3, "the forgetting budget is spent: "),
-        ({"objective__patience": 1}, 6, "the held-out reward has not risen for 1 evaluations (its best is 0.7"),
+        ({"objective__patience": 2}, 6, "the held-out reward has not risen for 2 evaluations (its best is 0.7"),
     ],
 )
 def test_limits_end_a_run_and_the_status_says_why(world, tmp_path, keys, step, why):
@@ -191,6 +191,7 @@ def test_limits_end_a_run_and_the_status_says_why(world, tmp_path, keys, step, w
 def test_limits_say_which_number_went_too_far():
     def told(limits: Limits, **values: float) -> str | None:
         names = {"kl": "policy/kl", "rise": "general/loss_rise", "held_out": "policy/held_out"}
+        names |= {"change": "policy/held_out_change"}
         return limits([Score(names[k], v, "", 1, None) for k, v in values.items()])
 
     common: dict[str, Any] = {"reward": ["grade"], "held_out": ["grade"]}
@@ -200,6 +201,13 @@ def test_limits_say_which_number_went_too_far():
     assert told(rise, rise=0.1, kl=99.0) is None and "rose by 0.2 nats" in str(told(rise, rise=0.2))
     patient = Limits(PolicySpec(**common, patience=2))
     assert [told(patient, held_out=v) is None for v in (1.0, 0.9, 1.1, 1.1, 1.0)] == [True, True, True, True, False]
+    falling = Limits(PolicySpec(**common, patience=2))
+    assert told(falling, held_out=0.9, change=-0.1) is None, "the first reading behind the start"
+    assert "has not risen for 2 evaluations (its best is 1)" in str(told(falling, held_out=0.8, change=-0.2))
+    rising = Limits(PolicySpec(**common, patience=1))
+    assert [told(rising, held_out=1 + c, change=c) for c in (0.1, 0.2)] == [None, None] and told(
+        rising, held_out=1.2, change=0.2
+    )
 
 
 def test_epochs_count_prompts(world):
@@ -260,35 +268,40 @@ def wide(tmp_path_factory, world) -> Path:
     return folder
 
 
-def reward_on(world: Path, folder: Path) -> str:
+def delta_on(world: Path, folder: Path, *, scores: bool = True) -> str:
+    """Save a delta of the wide base: of a reward model, or of a language model."""
     base = prepare(spec(world)).base
     layers = {}
     for number in range(4):
         shapes = {"self_attn.q_proj": (128, 128), "mlp.down_proj": (128, 256)}
         for name, (out, into) in shapes.items():
             layers[f"model.layers.{number}.{name}"] = LowRank(torch.randn(2, into), torch.randn(out, 2), 1.0)
-    save_lowrank(folder, Delta(layers, {"score.weight": torch.randn(1, 128)}, base.fingerprint), base.path)
+    whole = {"score.weight": torch.randn(1, 128)} if scores else {}
+    save_lowrank(folder, Delta(layers, whole, base.fingerprint), base.path)
     return str(folder)
 
 
-def test_policy_reference_reward_and_value_hold_one_base(wide, tmp_path):
-    reward = reward_on(wide, tmp_path / "reward")
+@pytest.mark.parametrize("started", [False, True])
+def test_policy_reference_reward_and_value_hold_one_base(wide, tmp_path, started):
+    reward = delta_on(wide, tmp_path / "reward")
+    more = {"model__delta": delta_on(wide, tmp_path / "sft", scores=False)} if started else {}
     before = storages()
-    prepared = prepare(spec(wide, "reinforce", objective__reward=reward, objective__beta=0.1))
+    prepared = prepare(spec(wide, "reinforce", objective__reward=reward, objective__beta=0.1, **more))
     made = {place: size for place, size in storages().items() if place not in before}
     weights = {p.untyped_storage().data_ptr(): p for p in prepared.base.model.parameters()}
     pairs = sum(p.nbytes for n, p in prepared.base.model.named_parameters() if ".pairs." in n)
     base = sum(p.nbytes for p in weights.values()) - pairs
     assert base > 10 * pairs > 0
-    kinds = {n.rpartition(".pairs.")[2].partition(".")[0] for n, _ in prepared.base.model.named_parameters()} - {""}
-    assert {"link-1", "value", "delta_0"} <= kinds, (
-        "policy, value and reward are there; the reference is the base itself"
+    names = [name for name, _ in prepared.base.model.named_parameters() if ".pairs." in name]
+    kinds = {name.rpartition(".pairs.")[2].partition(".")[0] for name in names}
+    assert kinds == {"link-1", "value", "delta_0", *(["start"] if started else [])}, (
+        "policy, value and reward are there; the reference is the base itself, with the delta that it wears from the start"
     )
     assert base + pairs <= sum(made.values()) < 1.1 * base + pairs
 
 
 def test_a_fully_tuned_policy_holds_its_base_beside_itself_and_no_more(wide, tmp_path):
-    reward = reward_on(wide, tmp_path / "reward")
+    reward = delta_on(wide, tmp_path / "reward")
     before = storages()
     prepared = prepare(spec(wide, method__name="full", method__rank=None, objective__reward=reward))
     made = {place: size for place, size in storages().items() if place not in before}

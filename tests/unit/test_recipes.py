@@ -261,6 +261,7 @@ class TestShipped:
             "pocket-base-more",
             "pocket-lora",
             "pocket-reward",
+            "pocket-reward-close",
             "pocket-rl",
             "pocket-rl-full",
         }

@@ -259,6 +259,25 @@ def test_what_a_function_prints_is_no_answer_and_what_it_keeps_stays(tmp_path):
     assert [mine(["p"], ["a"], [{}]) for _ in range(2)] == [[1.0], [2.0]]
 
 
+def test_the_source_of_a_function_is_the_content_of_its_files(tmp_path, monkeypatch):
+    path = function(tmp_path, "return [1.0]")
+    first = RewardFunction(path, 20).source
+    (tmp_path / "elsewhere").mkdir()
+    same = (tmp_path / "elsewhere" / "other.py").write_bytes((tmp_path / "mine.py").read_bytes())
+    assert same and RewardFunction(f"{tmp_path}/elsewhere/other.py:reward", 20).source == first, "names do not count"
+    monkeypatch.syspath_prepend(tmp_path)
+    assert RewardFunction("mine:reward", 20).source == first
+    function(tmp_path, "return [2.0]")
+    second = RewardFunction(path, 20).source
+    (tmp_path / "door.py").write_text("from mine import reward\n")
+    door = f"{tmp_path / 'door.py'}:reward"
+    behind = RewardFunction(door, 20).source
+    function(tmp_path, "return [3.0]")
+    assert len({first, second, behind, RewardFunction(door, 20).source}) == 4, "the file that it is written in counts"
+    (tmp_path / "built_in.py").write_text("from builtins import sum as reward\n")
+    assert len(RewardFunction(f"{tmp_path / 'built_in.py'}:reward", 20).source) == 64
+
+
 @pytest.mark.parametrize(
     ("name", "body", "what"),
     [

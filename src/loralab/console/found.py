@@ -1,5 +1,6 @@
 """What commands found, for a person: a check, a merge, an evaluation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -17,8 +18,27 @@ MERGE_MEANINGS = {
 }
 """What each line of a merge's report says."""
 
+MEMORY = {
+    "weights": "weights",
+    "trained": "trained",
+    "reference": "copies of the weights that move",
+    "rewards": "reward models",
+}
+"""What a step holds throughout, in words."""
+
 FEW_K = (1, 2, 5, 10, 20, 50, 100, 200)
 """The k whose pass@k the terminal shows; the folder holds all."""
+
+
+def data_warnings(report: Mapping[str, Any]) -> list[str]:
+    """Write what is wrong with data that can be used all the same, by a data report: held-out examples that are trained on."""
+    total = (report.get("validation") or {}).get("total") or {}
+    if not (count := total.get("in_training")):
+        return []
+    are = "is" if count == 1 else "are"
+    return [
+        f"{count:,} of the {total['examples']:,} validation examples {are} trained on too: their scores say too much"
+    ]
 
 
 def check_lines(found: Any, *, coloured: bool) -> list[str]:
@@ -42,6 +62,7 @@ def check_lines(found: Any, *, coloured: bool) -> list[str]:
             f"[bold]{name}[/bold] {total['examples']:,} examples of {total['rows']:,} rows, {total['tokens']:,} tokens, "
             f"{total['labelled']:,} with a loss" + (f"; {lost}" if lost else "")
         )
+    written += [f"[bold red]warning[/bold red] {line}" for line in data_warnings(found.counts)]
     stop = ", ".join(f"{token} ×{count}" for token, count in found.stop.stops.items()) or "none"
     if found.stop.runs:
         verdict = (
@@ -52,19 +73,22 @@ def check_lines(found: Any, *, coloured: bool) -> list[str]:
             )
         )
         written.append(f"[bold]stop[/bold] {verdict} (of {found.stop.runs} looked at: {stop})")
-    written.append(
-        f"[bold]memory[/bold] about {size(memory.total)}: weights {size(memory.weights)}, trained {size(memory.trained)}, "
-        f"activations {size(memory.activations)}, logits {size(memory.logits)}"
-        + (
-            f"; measured peak of the process over two steps {size(found.measured_bytes)}"
-            if found.measured_bytes
-            else ""
-        )
-    )
+    written.append(_memory_line(memory, found.measured_bytes))
     for runs in found.examples:
         where = "in green" if coloured else "between « and »"
         written += ["", f"[bold]example[/bold] (a loss is taken on what stands {where})", _marked(runs, coloured)]
     return written
+
+
+def _memory_line(memory: Any, measured: int | None) -> str:
+    """Write what memory will be needed for; updating and writing answers take turns."""
+    parts = memory.parts()
+    lasting = [f"{MEMORY[name]} {size(parts[name])}" for name in MEMORY if name in parts]
+    passing = f"activations {size(memory.activations)}, logits {size(memory.logits)}"
+    if memory.answers:
+        passing = f"and the larger of an update ({passing}) and answers as they are written ({size(memory.answers)})"
+    line = f"[bold]memory[/bold] about {size(memory.total)}: {', '.join([*lasting, passing])}"
+    return line + (f"; measured peak of the process over two steps {size(measured)}" if measured else "")
 
 
 def _marked(runs: list[tuple[str, bool]], coloured: bool) -> str:
@@ -89,8 +113,13 @@ def evaluation_tables(found: Any) -> list[Table]:
 
 
 def evaluation_lines(found: Any) -> list[str]:
-    """Write what stands below the tables of an `Evaluation`: how changes are judged, what it cost, what limits it."""
-    return [line for line in (found.how_judged(), *found.notes()) if line]
+    """Write what stands below the tables of an `Evaluation`: how changes are judged, what was not heeded, what it cost."""
+    unheeded = found.facts.get("unheeded") or {}
+    warnings = [
+        f"warning: {option} said nothing to {', '.join(tasks)}: these are asked as they stand"
+        for option, tasks in unheeded.items()
+    ]
+    return [line for line in (found.how_judged(), *warnings, *found.notes()) if line]
 
 
 def _pass_at_k(found: Any) -> Table:

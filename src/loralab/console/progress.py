@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from loralab.console.found import data_warnings
 from loralab.console.screen import console, size, table
 from loralab.errors import FolderError
 from loralab.run.folder import RunFolder, read_lines
@@ -173,7 +174,8 @@ def _facts_line(facts: dict[str, Any]) -> str:
     where = f"{facts['folder']}  {facts['method']} on {facts['model']} ({facts['device']}, {facts['dtype']})"
     share = f"{facts['trained_parameters']:,} of {facts['all_parameters']:,} numbers train ({facts['share']:.2%})"
     start = f", going on from step {facts['step']}" if facts["step"] else ""
-    return f"{where}\n{share}, {facts['total_steps']} steps{start}"
+    warnings = [f"warning: {line}" for line in data_warnings(facts.get("data_report", {}))]
+    return "\n".join([where, f"{share}, {facts['total_steps']} steps{start}", *warnings])
 
 
 def _step_text(line: dict[str, Any]) -> str:

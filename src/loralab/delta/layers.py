@@ -1,6 +1,6 @@
 """Put low-rank layers into a model, choose which pairs act, and take them out again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.base.targets import in_out, weight_of
 from loralab.delta.linear import LowRankEmbedding, LowRankLinear, LowRankModule, Pair
-from loralab.delta.lowrank import Delta, LowRank
+from loralab.delta.lowrank import Delta, LayerDelta, LowRank
 from loralab.errors import DeltaError
 
 SCORE_HEADS = ("score", "classifier", "classification_head")
@@ -89,12 +89,18 @@ def load_delta_(model: nn.Module, delta: Delta, name: str = "default") -> None:
         if not isinstance(change, LowRank):
             raise DeltaError("a dense delta cannot be attached as pairs", where=path, fix="merge it instead")
     set_whole_(model, delta)
-    for path, layer in wrap_(model, delta).items():
-        change = delta[path]
-        assert isinstance(change, LowRank)
+    add_pairs_(model, delta, name)
+
+
+def add_pairs_(model: nn.Module, delta: Mapping[str, LayerDelta], name: str) -> dict[str, LowRankModule]:
+    """Put what a delta holds as pairs beside the model's layers, frozen, active behind those that act already."""
+    pairs = {path: change for path, change in delta.items() if isinstance(change, LowRank)}
+    layers = wrap_(model, pairs)
+    for path, layer in layers.items():
         device = next(layer.base.parameters()).device
-        pair = Pair(change.A.to(device), change.B.to(device), change.scale).requires_grad_(False)
-        layer.add_pair(name, pair)
+        pair = Pair(pairs[path].A.to(device), pairs[path].B.to(device), pairs[path].scale)
+        layer.add_pair(name, pair.requires_grad_(False))
+    return layers
 
 
 def misfits(model: nn.Module, delta: Delta) -> list[str]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.base.targets import weight_of
-from loralab.delta.layers import active, own_parameters, refuse_misfit, unwrapped, wrap_
-from loralab.delta.linear import Pair
+from loralab.delta.layers import active, add_pairs_, own_parameters, refuse_misfit, unwrapped
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError
 
@@ -40,12 +39,8 @@ class Wardrobe:
             _part_ties_(model)
         self._pairs: dict[str, list[str]] = {name: [] for name in deltas}
         for number, (name, delta) in enumerate(deltas.items()):
-            pairs = {path: change for path, change in delta.items() if isinstance(change, LowRank)}
-            for path, layer in wrap_(model, pairs).items():
-                device = next(layer.base.parameters()).device
-                pair = Pair(pairs[path].A.to(device), pairs[path].B.to(device), pairs[path].scale)
-                key = f"delta_{number}"  # a module's name takes no dot, a folder's does
-                layer.add_pair(key, pair.requires_grad_(False))
+            key = f"delta_{number}"  # a module's name takes no dot, a folder's does
+            for layer in add_pairs_(model, delta, key).values():
                 layer.active = ()
                 self._pairs[name] = [key]
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from loralab.base.device import peak_bytes
 from loralab.base.labelled import LabelledCorpus
-from loralab.base.model import Base
 from loralab.base.text import StopProof, pieces, prove_stop
 from loralab.lab.experiment import loop_of
+from loralab.lab.memory import Memory, estimate
 from loralab.lab.objectives import prepare
 from loralab.lab.policy import PolicyData
 from loralab.lab.prepare import Data, Inputs
@@ -25,20 +24,6 @@ from loralab.training.loop import StepReport
 
 STOP_SAMPLE = 256
 """Examples looked at for the stop token."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of a step, by part. Formula: weights + 16 per trained number + activations + one chunk of logits."""
-
-    weights: int
-    trained: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.trained + self.activations + self.logits
 
 
 @dataclass(frozen=True)
@@ -73,6 +58,7 @@ class Check:
             "every_completion_stops": self.stop.holds,
             "total_steps": self.total_steps,
             "estimated_bytes": self.memory.total,
+            "estimated_parts": self.memory.parts(),
             "measured_rise_bytes": self.measured_bytes,
         }
 
@@ -96,7 +82,7 @@ def check(spec: RunSpec, *, num_examples: int = 2, measure: bool = False) -> Che
         prepared.data.report,
         _examples(data, base.tokenizer, num_examples),
         prove_stop(sample, base.tokenizer),
-        estimate(spec, base, prepared.attachment),
+        estimate(spec, prepared),
         prepared.total_steps,
         {f"{role} {one.skill}": one.facts for role, exams in getattr(data, "exams", {}).items() for one in exams},
         peak_bytes() - before if measure else None,
@@ -163,28 +149,3 @@ class _NoWatch:
 
     def stop_requested(self) -> bool:
         return False
-
-
-def estimate(spec: RunSpec, base: Base, attachment: Attachment) -> Memory:
-    """Estimate the bytes of one step.
-
-    Weights as loaded; 16 bytes for each trained number (float32 master, gradient, two moments); per token of a
-    micro-batch and block the lean activations 4·hidden + 2·kv + 2·mlp + Σ rank with selective recomputation, about half as
-    much again without, 2·hidden with full; a chunk of logits twice in float32.
-    """
-    shape = base.model.config.get_text_config()
-    width = torch.empty((), dtype=base.model.dtype).element_size()
-    hidden, blocks = shape.hidden_size, shape.num_hidden_layers
-    heads = shape.num_attention_heads
-    kv = hidden * (getattr(shape, "num_key_value_heads", None) or heads) // heads
-    mlp = getattr(shape, "intermediate_size", None) or 4 * hidden
-    lean = 4 * hidden + 2 * kv + 2 * mlp + sum(attachment.ranks.values()) // max(1, blocks)
-    per_block = {"none": int(1.5 * lean), "selective": lean, "full": 2 * hidden}[spec.train.recompute]
-    tokens = (spec.train.micro_batch or spec.train.batch_size) * spec.data.max_length
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    return Memory(
-        weights=weights,
-        trained=16 * attachment.trained_parameters,
-        activations=tokens * blocks * per_block * width,
-        logits=2 * 4 * getattr(spec.objective, "chunk", 0) * shape.vocab_size,
-    )

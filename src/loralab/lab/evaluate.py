@@ -23,7 +23,7 @@ from loralab.lab.evaluation import BASE, Evaluation, refuse_folder
 from loralab.lab.index import is_run, read_spec
 from loralab.lab.judge import Judged, curves_of, diversity_of, is_finite, suite_mean
 from loralab.lab.measured import Measured
-from loralab.lab.questions import Questions, refuse_before_loading
+from loralab.lab.questions import Questions, refuse_before_loading, unheeded
 from loralab.lab.tasks import is_file_of_items, read_tasks
 from loralab.pocket import world
 from loralab.run.folder import environment
@@ -200,6 +200,7 @@ def _facts(base: Base, names: Sequence[str], paths: Sequence[str], questions: Qu
         "deltas": {name: {"path": path} for name, path in zip(names, paths, strict=True)},
         **asdict(questions),
         "sampling": asdict(questions.sampling),
+        "unheeded": unheeded(questions),
         "environment": environment(),
     }
 

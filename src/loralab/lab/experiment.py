@@ -110,6 +110,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
             "share": prepared.attachment.share,
             "step": loop.step,
             "total_steps": loop.total_steps,
+            "data_report": prepared.data.report,
             **share,
         }
     )
@@ -125,7 +126,7 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
         display.end()
         for mirror in watch.mirrors:
             mirror.close()
-    best_step = _take_best(folder, prepared, watch.best_step)
+    best_step = _take_best(spec, folder, prepared, watch.best_step)
     delta_step = loop.step if best_step is None else best_step
     if delta_step == 0:
         watch.on_warning("nothing was better than the start, which is what is saved", loop.step)
@@ -149,13 +150,13 @@ def _run(spec: RunSpec, folder: RunFolder, display: Display, stop: Stop) -> Resu
     return result_of(folder)
 
 
-def _take_best(folder: RunFolder, prepared: Prepared, best_step: int | None) -> int | None:
+def _take_best(spec: RunSpec, folder: RunFolder, prepared: Prepared, best_step: int | None) -> int | None:
     """Put back the weights of the best checkpoint where a score chooses it (P5: the one of best validation accuracy).
 
     Returns:
         Its step; None where the last weights stay: no score chooses, or a chain would have to lose links.
     """
-    if prepared.best is None or best_step is None or prepared.method.links():
+    if prepared.best is None or best_step is None or spec.method.name == "cola":
         return None
     state = read_checkpoint(folder.checkpoints / f"step-{best_step}")
     prepared.method.load_state(state.tensors["method"], state.facts["method"])

@@ -102,17 +102,16 @@ def merge(
     Raises:
         FolderError: `out` holds something already, or cannot be written.
         DataError: `text` cannot be read.
-        DeltaError: the delta is of another base, or damaged; `dtype` is none of `DTYPES`.
+        DeltaError: the delta is a whole model already, of another base, or damaged; `dtype` is none of `DTYPES`.
         MergeError: the KL exceeds its limit; nothing is saved.
     """
     target = Path(out)
+    folder = folder_of(delta_path)
+    _refuse_whole(folder)
     if dtype not in (None, *DTYPES):
         raise DeltaError(f"a model cannot be merged into {dtype!r}", where="--dtype", fix=f"use {', '.join(DTYPES)}")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FolderError("the folder to write is not empty", where=out, fix="name a new folder")
-    folder = folder_of(delta_path)
-    if not is_adapter(folder) and (folder / "config.json").is_file():
-        raise DeltaError("this is a whole checkpoint: there is nothing to merge", where=str(folder))
     delta = load_lowrank(folder)
     stored = _stored_dtype(base_path, revision)
     chosen = getattr(torch, dtype) if dtype else stored
@@ -141,6 +140,16 @@ def merge(
     nn.Module.to(base.model, dtype=chosen)
     _save(base, target, {**report.summary(), "base": base_path, "delta": str(delta_path)})
     return report
+
+
+def _refuse_whole(folder: Path) -> None:
+    """Refuse what full fine-tuning left, and say where it lies and what it is."""
+    if is_adapter(folder) or not (folder / "config.json").is_file():
+        return
+    kinds = read_facts(folder).get("architectures")
+    kind = f", a {kinds[0]}" if isinstance(kinds, list) and kinds else ""
+    what = f"this is a whole model already{kind}: full fine-tuning moved its weights, so there is nothing to merge"
+    raise DeltaError(what, where=str(folder), fix=f"use {folder} as it is, wherever a model is asked for")
 
 
 def _save(base: Base, target: Path, facts: dict[str, Any]) -> None:

@@ -24,16 +24,19 @@ from loralab.lab.prepare import (
     fingerprints_of,
     items_of,
     load_base,
+    method_of,
     refuse_missing_files,
     refuse_short,
     sources_of,
+    start_of,
 )
 from loralab.lab.probes import kept_samples, task_probes, text_probes
 from loralab.lab.prompts import Asked, Batches, Prompts, read_prompts
+from loralab.lab.reward_function import REWARD_FUNCTION
 from loralab.lab.reward_models import RewardModels, read_reward
 from loralab.lab.rewards import Rewards, is_delta, look_for_rewards, refuse_ungradable, rewards_of
 from loralab.lab.rollouts import Rollouts, answered, seed_of
-from loralab.methods import METHODS, Method
+from loralab.methods import Method
 from loralab.methods.base import Attachment
 from loralab.methods.value import Value, WithValue
 from loralab.spec.method import LoraSpec
@@ -62,15 +65,14 @@ class PolicyData:
     general: Corpus | None
     tasks: dict[str, list[Task]]
     exams: dict[str, list[ExamProbe]] = field(default_factory=dict)
-    rewards: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the weights of each reward delta, by path."""
+    deltas: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what the run reads of deltas: of rewards by their paths, and of what the base wears from the start."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
         found: dict[str, Any] = {name: one.fingerprint for name, one in self._parts() if len(one)}
-        found |= {f"reward {path}": mark for path, mark in self.rewards.items()}
-        return found | fingerprints_of(self.tasks, self.exams)
+        return found | self.deltas | fingerprints_of(self.tasks, self.exams)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -86,7 +88,8 @@ class PolicyData:
 def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     """Load, read and attach for training a policy.
 
-    Policy, reference, value and reward models share one base: each is a delta on it, put on while it is needed.
+    Policy, reference, value and reward models share one base: each is a delta on it, put on while it is needed. A delta that the
+    base wears from the start belongs to the reference; rewards act on the base alone.
 
     Raises:
         LoralabError: whatever is wrong with model, data, method or rewards.
@@ -107,7 +110,7 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     found = {source.path: read_reward(source.path, base) for source in sources if is_delta(source.path)}
     method, value, attachment = _attach(spec, objective, base)
     head = LanguageHead(base.model)
-    models = RewardModels(found, base, head, method.without)
+    models = RewardModels(found, base, head, method.plain)
     rewards, held_out = (rewards_of(s, functions, models.reward) for s in (objective.reward, objective.held_out))
     writer = Writer(base.model, base.tokenizer, together=head.packs)
     batches = Batches(data.train, batch_size=spec.train.batch_size, seed=spec.seed)
@@ -138,8 +141,9 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     total = spec.train.steps or _steps(spec, objective, batches)
     refuse_short(spec, total)
     exams = exam_probes_of(spec, head, base)
-    marks = {path: content_sha256(sorted(folder_of(path).glob("*.safetensors"))) for path in found}
-    data = replace(data, exams=exams, rewards=marks)
+    marks = {f"reward {path}": content_sha256(sorted(folder_of(path).glob("*.safetensors"))) for path in found}
+    marks |= {f"{REWARD_FUNCTION} {path}": function.source for path, function in functions.items()}
+    data = replace(data, exams=exams, deltas=marks | start_of(spec))
     probes: list[Probe] = []
     samples = kept_samples(spec.probes.samples, data.tasks, None, head, base)
     if data.validation is not None:
@@ -215,8 +219,7 @@ def _read(spec: RunSpec, objective: PolicySpec, base: Base) -> PolicyData:
 
 def _attach(spec: RunSpec, objective: PolicySpec, base: Base) -> tuple[Method, Value | None, Attachment]:
     """Attach the method, and for `reinforce` a value model of its rank beside it."""
-    chosen = spec.method
-    method: Method = METHODS[chosen.name](**chosen.model_dump(exclude={"name"}))
+    chosen, method = spec.method, method_of(spec, base)
     value = None
     if objective.algorithm == "reinforce":
         rank, alike = objective.value_rank or FULL_VALUE_RANK, {}
@@ -289,6 +292,8 @@ class Limits:
         found = {score.name: score.value for score in scores}
         kl, forgotten, held_out = (found.get(f"{n}") for n in ("policy/kl", "general/loss_rise", "policy/held_out"))
         if held_out is not None:
+            if self.best is None and (risen_by := found.get("policy/held_out_change")) is not None:
+                self.best = held_out - risen_by  # what training began from: a reward that only falls has not risen
             risen = self.best is None or held_out > self.best
             self.best, self.waited = (held_out, 0) if risen else (self.best, self.waited + 1)
         if self.max_kl is not None and kl is not None and kl > self.max_kl:

@@ -13,20 +13,27 @@ from loralab.base.data import Feed
 from loralab.base.hub import find
 from loralab.base.model import Base, load, longest_text
 from loralab.base.packing import pack
-from loralab.base.sources import Source, Template, local_files
+from loralab.base.repeated import repeated, with_repeated
+from loralab.base.sources import Source, Template, content_sha256, local_files
 from loralab.base.stream import StreamingFeed, tokenise_head
-from loralab.errors import DataError, LoralabError, ModelError, SpecError
+from loralab.delta.opened import folder_of
+from loralab.delta.store import ADAPTER, WEIGHTS, is_adapter
+from loralab.errors import DataError, DeltaError, LoralabError, ModelError, SpecError
 from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.probe import Probe
 from loralab.evals.samples import Samples
 from loralab.evals.tasks import Task
 from loralab.evals.texts import TextEngine
+from loralab.lab.deltas import read_delta
 from loralab.lab.exam_probes import exam_probes, look_for_exams
 from loralab.lab.probes import kept_samples, task_probes, text_probes
 from loralab.lab.tasks import fingerprint, has_items, look_for, read_tasks
 from loralab.lab.watch import Limits
 from loralab.methods import METHODS, Method
 from loralab.methods.base import Attachment
+from loralab.methods.full import Full
+from loralab.methods.lora import Lora
+from loralab.methods.start import FromDelta
 from loralab.pocket import world
 from loralab.spec.objective import TextSpec
 from loralab.spec.spec import RunSpec, SourceSpec, TaskSpec, TemplateSpec
@@ -67,6 +74,8 @@ class Data:
     """Items of each role that has some, `target` and `source`."""
     exams: dict[str, list[ExamProbe]] = field(default_factory=dict)
     """Suites and tasks of the catalogue of each role that has some."""
+    deltas: dict[str, str] = field(default_factory=dict)
+    """Deltas that the run reads, by what they are to it, as `start_of` gives them."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -75,13 +84,14 @@ class Data:
         found: dict[str, Any] = {
             name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)
         }
-        return found | fingerprints_of(self.tasks, self.exams)
+        return found | self.deltas | fingerprints_of(self.tasks, self.exams)
 
     @property
     def report(self) -> dict[str, Any]:
         """Count what became of every row."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
-        return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
+        found = {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
+        return found if self.validation is None else with_repeated(found, repeated(self.train, self.validation))
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:
     _refuse_unpackable(spec, head)
     total = _total_steps(spec, data)
     refuse_short(spec, total)
-    data = replace(data, exams=exam_probes_of(spec, head, base))
+    data = replace(data, exams=exam_probes_of(spec, head, base), deltas=start_of(spec))
     texts = text_probes(spec.probes, data.validation, data.general, head, method.without)
     probes: list[Probe] = [*texts, *task_probes(data.tasks, data.exams, head, base)]
     samples = kept_samples(spec.probes.samples, data.tasks, data.validation, head, base)
@@ -125,10 +135,34 @@ def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:
 
 def attach(spec: RunSpec, base: Base) -> tuple[Method, Attachment]:
     """Attach the method of a spec."""
-    method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
+    method = method_of(spec, base)
     attachment = method.attach(base, spec.seed)
     recompute_(base.model, spec.train.recompute)
     return method, attachment
+
+
+def method_of(spec: RunSpec, base: Base) -> Method:
+    """Make the method of a spec; where the base wears a delta from the start, one that goes on from it.
+
+    Raises:
+        DeltaError: the delta cannot be read, or belongs to another base.
+    """
+    method: Method = METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
+    if spec.model.delta is None:
+        return method
+    assert isinstance(method, Lora | Full)  # the spec refuses others
+    try:
+        return FromDelta(method, read_delta(spec.model.delta, base))
+    except DeltaError as error:
+        raise DeltaError(error.what, where=f"model.delta={spec.model.delta}: {error.where}", fix=error.fix) from None
+
+
+def start_of(spec: RunSpec) -> dict[str, str]:
+    """Name the delta that the base wears from the start by content, if there is one."""
+    if spec.model.delta is None:
+        return {}
+    folder = folder_of(spec.model.delta)
+    return {"model.delta": content_sha256([folder / ADAPTER, folder / WEIGHTS])}
 
 
 def refuse_missing_files(spec: RunSpec) -> None:
@@ -147,6 +181,9 @@ def refuse_missing_files(spec: RunSpec) -> None:
             )
     except LoralabError as error:
         problems.append(error)
+    if (delta := spec.model.delta) is not None and not is_adapter(folder_of(delta)):
+        fix = "name a run of a low-rank method, its delta, or a PEFT folder; a whole checkpoint is a model.path of its own"
+        problems.append(DeltaError(f"there is no low-rank delta in {delta}", where="model.delta", fix=fix))
     for sources in (spec.data.train, spec.data.validation, spec.data.general):
         for source in sources_of(sources, "auto", None):
             try:
@@ -190,7 +227,7 @@ def load_base(spec: RunSpec, outputs: int | None = None) -> Base:
         raise SpecError([LoralabError("a quantised base cannot move", where="model.quantize", fix=fix)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # of model.random_init, and of a new head
-        base = load(**spec.model.model_dump(), outputs=outputs)
+        base = load(**spec.model.model_dump(exclude={"delta"}), outputs=outputs)
     if outputs is None and type(base.model).__name__.endswith("MaskedLM"):
         raise ModelError(
             f"{type(base.model).__name__} reads both ways: predicting the next token means nothing to it",

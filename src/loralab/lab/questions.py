@@ -75,6 +75,35 @@ class Questions:
         return found
 
 
+def unheeded(questions: Questions) -> dict[str, list[str]]:
+    """Give the tasks that an option says nothing to, by option; programs and items are asked as they stand.
+
+    Options are `fewshot` (where examples are asked for) and `chat`; one that all tasks heed, or that is not given, is left out.
+    """
+    given = [name for name, value in (("fewshot", questions.fewshot), ("chat", questions.chat)) if value]
+    deaf = sorted(name for name in _parts(questions) if _stands(name))
+    return {option: deaf for option in given if deaf}
+
+
+def _parts(questions: Questions) -> set[str]:
+    """Name the tasks asked for, those of suites one by one."""
+    return {part for name in questions.tasks for part in (SUITES[name].parts if name in SUITES else [name])}
+
+
+def _stands(name: str) -> bool:
+    """Tell whether a task's prompts are taken as they stand, without examples and without a chat template."""
+    return name in PROGRAMS or world.is_address(name) or is_file_of_items(name)
+
+
+def _refuse_unheeded(questions: Questions) -> None:
+    """Refuse an option that none of the tasks heeds."""
+    for option, deaf in unheeded(questions).items():
+        if set(deaf) == _parts(questions):
+            what = f"{option} says nothing to {', '.join(deaf)}: programs and items are asked as they stand"
+            fix = f"leave {option} out, or name tasks of lm-eval's catalogue"
+            raise EvaluationError(what, where=f"--{option}", fix=fix)
+
+
 def refuse_before_loading(questions: Questions) -> None:
     """Look whether every name can be meant before a model is loaded."""
     if not questions.tasks:
@@ -82,7 +111,8 @@ def refuse_before_loading(questions: Questions) -> None:
     if questions.samples < 1:
         raise EvaluationError(f"{questions.samples} samples", where="--samples", fix="ask for 1 or more")
     sampling = questions.sampling
-    known = {part for name in questions.tasks for part in (SUITES[name].parts if name in SUITES else [name])}
+    known = _parts(questions)
+    _refuse_unheeded(questions)
     for key, file in questions.data.items():
         if key.partition(":")[0] not in known:
             fix = f"tasks asked for: {', '.join(sorted(known))}"
@@ -100,6 +130,6 @@ def refuse_before_loading(questions: Questions) -> None:
     for name in sorted(known):
         if world.is_address(name):
             world.suite(name, 1)
-        elif not is_file_of_items(name) and name not in PROGRAMS:
+        elif not _stands(name):
             suite = next((SUITES[n] for n in questions.tasks if n in SUITES and name in SUITES[n].parts), None)
             refuse_unknown(name, (*questions.include, *(suite.include if suite else ())))

@@ -1,9 +1,11 @@
 """Where a run begins: at its start, at its last checkpoint, or at a checkpoint of another run."""
 
 from pathlib import Path
+from typing import Any
 
 from loralab.errors import CheckpointError, FolderError
 from loralab.lab.prepare import Prepared
+from loralab.lab.reward_function import REWARD_FUNCTION
 from loralab.lab.watch import RunWatch
 from loralab.run.folder import RunFolder, environment, keep_lines, read_json, write_json
 from loralab.spec.recipes import diff, read
@@ -16,18 +18,32 @@ TRUNK = ("seed", "model", "data", "method", "objective", "optimizer")
 
 
 def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
-    """Write what the run was begun with, or refuse to go on with other weights or data."""
+    """Write what the run was begun with, or refuse to go on with other weights, data or deltas.
+
+    A reward function may be mended; that it was stays on record.
+    """
     now = {"base": prepared.base.fingerprint, "data": prepared.data.fingerprints}
-    before = read_json(folder.environment).get("inputs")
+    facts = read_json(folder.environment)
+    before = facts.get("inputs")
     if before is None:
         write_json(folder.environment, {**environment(), "inputs": now, "data_report": prepared.data.report})
-    elif before != now:
-        changed = "base weights" if before["base"] != now["base"] else "data files"
+    elif changed := _changed(before, now):
         raise FolderError(
-            f"the {changed} changed since this run began",
+            f"the {changed} since this run began",
             where=str(folder.environment),
-            fix="restore them, or move the run folder away to begin anew",
+            fix="restore what it was, or move the run folder away to begin anew",
         )
+    elif before != now:
+        write_json(folder.environment, {**facts, "inputs": now, "mended": [*facts.get("mended", []), before["data"]]})
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say what is not what it was, "" for nothing; reward functions are free to change."""
+    if before["base"] != now["base"]:
+        return "base weights changed"
+    names = (name for name in {**before["data"], **now["data"]} if not name.startswith(REWARD_FUNCTION))
+    changed = [name for name in names if before["data"].get(name) != now["data"].get(name)]
+    return f"data files changed ({', '.join(changed)})" if changed else ""
 
 
 def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, spec: RunSpec, fingerprint: str) -> None:

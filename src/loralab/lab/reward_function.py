@@ -5,8 +5,10 @@ length: texts, texts, and the rows that the prompts came from. It returns a numb
 run, so what it loads once stays loaded; what it prints goes to standard error.
 """
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -26,6 +28,8 @@ from typing import IO, Any, BinaryIO
 
 from loralab.errors import EvaluationError, did_you_mean
 
+REWARD_FUNCTION = "reward function"
+"""What the content of a function is called among the inputs of a run, with its name behind."""
 LENGTH = struct.Struct(">Q")
 IMPORT_S = 300.0
 """Seconds that importing a function may take, whatever it loads."""
@@ -39,6 +43,10 @@ class RewardFunction:
     Args:
         name: `FILE.py:FUNCTION` or `MODULE:FUNCTION`.
         timeout: seconds that one call may take.
+
+    Attributes:
+        source: SHA-256 of the file that it was imported from, and of the one it is written in where that is another; what these
+            import in turn is not looked at.
 
     Raises:
         EvaluationError: there is no such file, module or function, or it cannot be imported.
@@ -57,7 +65,7 @@ class RewardFunction:
             [sys.executable, "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         self._end = weakref.finalize(self, _end, self._process)
-        self._answer(IMPORT_S)
+        self.source: str = self._answer(IMPORT_S)["source"]
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
         """Reward answers.
@@ -70,7 +78,7 @@ class RewardFunction:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # then there is no answer either
             _send(self._process.stdin, pickle.dumps((list(prompts), list(answers), list(rows))))
-        found = self._answer(self.timeout)
+        found = self._answer(self.timeout)["values"]
         if not isinstance(found, list) or len(found) != len(answers):
             size = f"{len(found)} values" if isinstance(found, list) else f"a {found}"
             raise self._error(
@@ -82,7 +90,7 @@ class RewardFunction:
                 raise self._error(what, "return a finite number for every answer, whatever a model wrote")
         return [float(value) for value in found]
 
-    def _answer(self, seconds: float) -> Any:
+    def _answer(self, seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         body = _receive(self._process.stdout, seconds)
         if body is None:
@@ -92,10 +100,10 @@ class RewardFunction:
         if not body:
             self._end()
             raise self._error(f"ended its process (exit status {self._process.returncode})", "do not leave the process")
-        found = json.loads(body)
+        found: dict[str, Any] = json.loads(body)
         if "error" in found:
             raise self._error(found["error"], found["fix"])
-        return found["values"]
+        return found
 
     def _error(self, what: str, fix: str) -> EvaluationError:
         return EvaluationError(f"the reward function {what}", where=self.name, fix=fix)
@@ -159,12 +167,12 @@ def serve(name: str) -> None:
     os.dup2(2, 1)  # what the function prints is no answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        function = _found(name)
+        function, source = _found(name)
     except Exception as error:  # of any type: it is the user's code
         known = error.what if isinstance(error, EvaluationError) else _said(error, "when it was imported")
         fix = error.fix if isinstance(error, EvaluationError) else "correct it, and run the same command again"
         return _send(answers, json.dumps({"error": known, "fix": fix}).encode())
-    _send(answers, json.dumps({"values": []}).encode())
+    _send(answers, json.dumps({"source": source}).encode())
     while (body := _next(calls)) is not None:
         _send(answers, json.dumps(_called(function, body)).encode())
 
@@ -199,7 +207,7 @@ def _said(error: Exception, when: str) -> str:
     return f"raised {type(error).__name__}{f' {when}' if when else ''}: {' '.join(str(error).split())}{line}"
 
 
-def _found(name: str) -> Callable[..., Any]:
+def _found(name: str) -> tuple[Callable[..., Any], str]:
     before, _, attribute = name.rpartition(":")
     module = _from_file(Path(before).expanduser()) if before.endswith(".py") else importlib.import_module(before)
     function = getattr(module, attribute, None)
@@ -207,7 +215,16 @@ def _found(name: str) -> Callable[..., Any]:
         near = did_you_mean(attribute, [one for one, value in vars(module).items() if callable(value)])
         fix = f"did you mean {before}:{near}?" if near else f"define it in {before}"
         raise EvaluationError(f"is not there: {before} has no function {attribute}", fix=fix)
-    return function
+    return function, _source(function, module)
+
+
+def _source(function: Callable[..., Any], module: ModuleType) -> str:
+    """Hash the files of a function: its module's, and that of its code."""
+    files = [module.__file__]
+    with suppress(TypeError):  # it is no function written in Python
+        files.append(inspect.getsourcefile(inspect.unwrap(function)))
+    different = dict.fromkeys(Path(file).resolve() for file in files if file)
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in different)).hexdigest()
 
 
 def _from_file(file: Path) -> ModuleType:

@@ -142,12 +142,12 @@ class RewardModels:
         found: delta and head of each, by path, as `read_reward` gives them.
         base: of the policy, its method attached.
         head: of the policy's model.
-        without: context in which the policy is its base.
+        plain: context in which the policy is its base.
     """
 
-    def __init__(self, found: dict[str, tuple[Delta, Tensor]], base: Base, head: LanguageHead, without: View) -> None:
+    def __init__(self, found: dict[str, tuple[Delta, Tensor]], base: Base, head: LanguageHead, plain: View) -> None:
         model = base.model
-        self._found, self._base, self._head, self._without = found, base, head, without
+        self._found, self._base, self._head, self._plain = found, base, head, plain
         acting = {layer: layer.active for layer in low_rank_layers(model).values()}
         own = [(module, *pair) for module in model.modules() for pair in module.named_parameters(recurse=False)]
         self._wardrobe = Wardrobe(model, {path: delta for path, (delta, _) in found.items()})
@@ -165,7 +165,7 @@ class RewardModels:
 
         @contextmanager
         def wearing() -> Iterator[None]:
-            with self._without(), view():
+            with self._plain(), view():
                 yield
 
         return ByModel(self._head, wearing, score, tokenizer.eos_token_id, frozenset(tokenizer.all_special_ids))

@@ -1,7 +1,7 @@
 """From the spec of a classifier or a reward model to its objects: labelled rows, a head, and what trains it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from loralab.base.data import Feed
 from loralab.base.labelled import Labelled, LabelledCorpus, collate_labelled, read_labelled
 from loralab.base.model import POOLER, Base, longest_text, read_tokenizer
+from loralab.base.repeated import repeated, with_repeated
 from loralab.base.targets import linears
 from loralab.errors import DataError, LoralabError, ModelError, SpecError
 from loralab.evals.probe import PACKED_TOKENS, Probe
@@ -22,6 +23,7 @@ from loralab.lab.prepare import (
     refuse_missing_files,
     refuse_short,
     sources_of,
+    start_of,
     steps_over,
 )
 from loralab.spec.method import FullSpec, MethodSpec, PeftSpec
@@ -52,18 +54,22 @@ class LabelledData:
     feed: Feed
     train: LabelledCorpus
     validation: LabelledCorpus | None
+    deltas: dict[str, str] = field(default_factory=dict)
+    """Deltas that the run reads, by what they are to it."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
         corpora = {"train": self.train, "validation": self.validation}
-        return {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
+        found = {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
+        return found | self.deltas
 
     @property
     def report(self) -> dict[str, Any]:
         """Count what became of every row."""
         corpora = {"train": self.train, "validation": self.validation}
-        return {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
+        found = {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
+        return found if self.validation is None else with_repeated(found, repeated(self.train, self.validation))
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def prepare_scored(spec: RunSpec, objective: ClassifySpec | RewardSpec) -> Prepa
     refuse_short(spec, total)
     method, attachment = attach(spec.model_copy(update={"method": _with_whole(spec.method, scoring)}), scoring.base)
     centre = objective.centre if isinstance(objective, RewardSpec) else 0.0
-    data = LabelledData(feed, train, validation)
+    data = LabelledData(feed, train, validation, start_of(spec))
     probes, best = _watched(spec, data, scoring, centre)
     trained = _objective(train, feed, scoring.head, centre)
     return Prepared(scoring.base, data, method, attachment, trained, probes, None, total, best)

@@ -99,7 +99,7 @@ class Method(Protocol):
         ...
 
     def delta(self, wanted: Wanted = all_wanted) -> Delta:
-        """Give everything that changed, for spectra, repair and export.
+        """Give everything that changed since training began, for spectra.
 
         Dense changes, as large as the weights themselves, are formed where they are `wanted`; pairs are always given.
 
@@ -113,11 +113,15 @@ class Method(Protocol):
         ...
 
     def without(self) -> AbstractContextManager[None]:
-        """Restore the base exactly inside the block."""
+        """Restore exactly what training began from inside the block: the base, with the delta that it wore, if any."""
+        ...
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Restore the base exactly inside the block, without a delta that it wore when training began."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the delta in its stock format: PEFT folder or checkpoint."""
+        """Write the delta of the base in its stock format: PEFT folder or checkpoint."""
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,7 +134,11 @@ class Method(Protocol):
 
 
 class OneStage:
-    """What holds for methods that train in one piece: no knots, no links, one schedule over the run."""
+    """What holds for methods that train in one piece from the base: no knots, no links, one schedule over the run."""
+
+    def plain(self: Method) -> AbstractContextManager[None]:
+        """Restore the base, which is what training began from."""
+        return self.without()
 
     def phase(self, step: int, total_steps: int) -> tuple[int, int]:
         """Stretch the schedule over the whole run."""

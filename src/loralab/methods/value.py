@@ -198,8 +198,12 @@ class WithValue:
         return self.method.links()
 
     def without(self) -> AbstractContextManager[None]:
-        """Restore the base exactly inside the block; the value's pairs do not act anyway."""
+        """Restore what training began from exactly inside the block; the value's pairs do not act anyway."""
         return self.method.without()
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Restore the base exactly inside the block."""
+        return self.method.plain()
 
     def save(self, folder: Path) -> None:
         """Write the method's delta in its stock format; the value is kept in checkpoints only."""

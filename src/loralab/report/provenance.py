@@ -65,6 +65,8 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
         counts = [
             f"{whole(total[key])} {key}" for key in ("rows", "examples", "tokens") if isinstance(total.get(key), int)
         ]
+        if total.get("in_training"):
+            counts.append(f"{whole(total['in_training'])} of them trained on too")
         if counts:
             made[str(part)] = ", ".join(counts)
     return made

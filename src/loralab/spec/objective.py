@@ -90,9 +90,11 @@ class PolicySpec(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     beta: Share = 0.05
     """P5: 0.05 for summaries. At 0 the base is not asked for log-probabilities."""
-    kl: Literal["low_variance", "exact"] = "low_variance"
+    kl: Literal["low_variance", "unbiased", "exact"] = "low_variance"
     """From the written token alone, or summed over the vocabulary. From the written token, what is trained on is log π/π₀ in
     the reward (reinforce, rloo) or k₃ in the loss (grpo; Schulman 2020), and what is reported is k₃, which is never negative.
+    `unbiased` is for grpo, whose k₃ has the mean gradient of another divergence: k₃ times the ratio of new to old probability
+    has that of the KL (DeepSeek-V3.2, 2512.02556; TRL's `use_bias_correction_kl`).
     """
     epochs: Count = 1
     """Passes over each batch of answers; above 1 the ratio of new to old probabilities is clipped."""
@@ -125,6 +127,9 @@ class PolicySpec(Strict):
         if self.algorithm != "reinforce" and self.samples < 2:
             what = f"{self.algorithm} compares answers to the same prompt, but there is one"
             raise contradiction("objective.samples", what, "set objective.samples=2 or more")
+        if self.kl == "unbiased" and self.algorithm != "grpo":
+            what = f"{self.algorithm} has the KL in its reward, where it is unbiased already"
+            raise contradiction("objective.kl", what, "drop objective.kl, or set objective.algorithm=grpo")
         if self.patience is not None and not self.held_out:
             what = "nothing is held out that could fail to rise"
             raise contradiction("objective.patience", what, "name objective.held_out, or drop objective.patience")

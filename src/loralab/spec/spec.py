@@ -11,7 +11,14 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from loralab.spec.method import LoraSpec, MethodSpec
 from loralab.spec.objective import ObjectiveSpec, TextSpec
@@ -44,6 +51,18 @@ class ModelSpec(Strict):
     """Draw the weights from `seed` instead of reading them: pretraining from nothing, of every weight."""
     attention_dropout: Share | None = None
     """A regulariser of P1 (0.05 and 0.1 tried there); None keeps the model's own value."""
+    delta: str | None = None
+    """A low-rank delta of this base that the model wears when training begins, an SFT adapter before reinforcement
+    learning say: a run folder, its `delta`, or a PEFT folder. It stays beside the base as frozen pairs (method `full`
+    begins from the merged weights). KL, drift and forgetting are then distances from base and delta, spectra are of what
+    is learned on top; reward models act on the base alone, and the run's own `delta` is the sum.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_a_delta_as_before_there_was_the_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the key out where it says nothing: runs begun before there was one keep their spec and hash."""
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if key != "delta" or value is not None}
 
 
 class TemplateSpec(Strict):
@@ -252,6 +271,22 @@ class RunSpec(Strict):
             raise contradiction(
                 "model.random_init", f"method {self.method.name} keeps its base, and random weights know nothing", fix
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_start_belongs_to_a_base_that_can_wear_it(self) -> "RunSpec":
+        if self.model.delta is None:
+            return self
+        key, fix = "model.delta", "merge it (`loralab merge`) and set model.path to what was merged"
+        if self.model.random_init:
+            raise contradiction(key, "no delta belongs to random weights", "drop model.delta, or model.random_init")
+        if self.method.name == "peft":
+            raise contradiction(
+                key, "layers of the peft library cannot lie beside it", f"take a method of ours, or {fix}"
+            )
+        if self.probes.spectra == "intruders" and self.method.name != "full":
+            what = "intruders would be judged against the base alone, not against base and delta"
+            raise contradiction(key, what, f"drop probes.spectra=intruders, or {fix}")
         return self
 
     @model_validator(mode="after")

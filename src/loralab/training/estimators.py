@@ -7,6 +7,8 @@ so k belongs in the reward, where it weighs on the tokens before it, and, differ
 - k₁ = log π(a) − log q(a): its own gradient is a score function, which has mean 0, so it stands in the reward alone.
 - The exact KL: in the reward (without gradient) and in the loss (with it).
 - k₃ in the loss alone, as in GRPO: the mean of ∇k₃ is ∇KL(q‖π), the other divergence; near π = q the two agree to first order.
+- ρ k₃ in the loss, with ρ = π/π_old differentiated too: the mean of ∇(ρ k₃) over a drawn from π_old is ∇KL(π‖q), whether or not
+  π has moved since. That of its own token: what a token changes about the KL of later ones is left out, as in GRPO's exact KL.
 """
 
 import torch
@@ -33,6 +35,21 @@ def kl_per_token(log_probs: Float[Tensor, "*n"], reference: Float[Tensor, "*n"])
     """
     log_q_over_p = reference - log_probs
     return torch.expm1(log_q_over_p) - log_q_over_p
+
+
+def weighted_kl(
+    log_probs: Float[Tensor, "*n"], old: Float[Tensor, "*n"], reference: Float[Tensor, "*n"]
+) -> Float[Tensor, "*n"]:
+    """Estimate KL(π‖q) by ρ k₃, ρ = π/π_old, for a drawn from π_old (nats): unbiased, and so is its gradient; never negative.
+
+    Paper: DeepSeek-V3.2 (2512.02556), "Unbiased KL Estimate"; TRL's `use_bias_correction_kl`. The ratio is not clipped.
+
+    Args:
+        log_probs: log π(a), with gradient.
+        old: log π_old(a), without; where π has not moved, the same numbers.
+        reference: log q(a).
+    """
+    return torch.exp(log_probs - old) * kl_per_token(log_probs, reference)
 
 
 def exact_kl(logits: Float[Tensor, "*n vocab"], reference: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:

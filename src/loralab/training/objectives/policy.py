@@ -7,6 +7,7 @@ the written token, and everything but log π and the KL of the loss without grad
 - rloo (Ahmadian et al. 2024, 2402.14740): −log π(yₜ) (R − mean R of the other answers), R = (1 − β) r − β Σ k₁.
 - grpo (Shao et al. 2024, 2402.03300): −ρₜ (r − mean r) / (sd r + 10⁻⁴) + β k₃. It has no scale of a reward, so 1 − β is dropped.
 
+With kl = unbiased, grpo's term is β ρₜ k₃, whose mean gradient is that of the KL itself (DeepSeek-V3.2, 2512.02556).
 With kl = exact the KL over the vocabulary takes the place of k₁ and k₃; it has a gradient of its own, so it enters the loss of
 reinforce and rloo too. reinforce and rloo then climb J without bias, either way (`training.estimators` says why); grpo does not.
 Sums are divided by the number of answers (reinforce, rloo), or of answer tokens (grpo: every token of the step counts the same,
@@ -43,7 +44,8 @@ class PolicyObjective:
         head: of the model.
         algorithm: what an answer is compared with.
         beta: weight of the KL in [0, 1]; at 0 the reference is never asked.
-        kl: `low_variance` reads the written token alone, `exact` the whole vocabulary.
+        kl: `low_variance` reads the written token alone, `exact` the whole vocabulary; `unbiased` (of grpo) is k₃ with the token's
+            ratio as its weight.
         reference: a view in which the model is the reference (`Method.without`).
         value: learns the baseline of `reinforce`; None is no baseline.
         epochs: passes over each batch of answers.
@@ -62,7 +64,7 @@ class PolicyObjective:
         *,
         algorithm: Literal["reinforce", "rloo", "grpo"],
         beta: float,
-        kl: Literal["low_variance", "exact"],
+        kl: Literal["low_variance", "unbiased", "exact"],
         reference: View,
         value: Value | None = None,
         epochs: int = 1,
@@ -75,6 +77,8 @@ class PolicyObjective:
     ) -> None:
         if value is not None and algorithm != "reinforce":
             raise ValueError(f"{algorithm} has no use for a value model")
+        if kl == "unbiased" and algorithm != "grpo":
+            raise ValueError(f"{algorithm} has its KL in the reward, unbiased already")
         self.sample, self.head, self.algorithm, self.beta, self.kl = sample, head, algorithm, beta, kl
         self.reference, self.value, self.epochs, self.minibatches = reference, value, epochs, minibatches
         self.clip, self.micro_batch, self.temperature, self.share = clip, micro_batch, temperature, share
@@ -295,7 +299,12 @@ class PolicyObjective:
         if written.kl is not None:
             total = total + self.beta * written.kl.sum()
         elif self.beta and self.algorithm == "grpo":
-            total = total + self.beta * estimators.kl_per_token(log_probs, known["reference"].to(log_probs)).sum()
+            reference = known["reference"].to(log_probs)
+            if self.kl == "unbiased":
+                old = known["old"].to(log_probs) if "old" in batch.known else log_probs.detach()
+                total = total + self.beta * estimators.weighted_kl(log_probs, old, reference).sum()
+            else:
+                total = total + self.beta * estimators.kl_per_token(log_probs, reference).sum()
         return total
 
     def _metrics(self, step: dict[int, Known]) -> dict[str, float]:
