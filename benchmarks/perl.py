@@ -71,14 +71,13 @@ def _thumbs(year: str) -> Question:
         "model.dtype=float32",
         "model.device=cpu",  # so that arms run side by side
         "data.max_length=128",
-        "train.epochs=1",
-        "train.batch_size=16",
+        "train.epochs=4",
     ]
     return Question(
         f"is a LoRA reward model as good as a full one on thumbs of agents (Taskmaster TM-{year})?",
         "reward-taskmaster-lora",
         {
-            "all linear, rank 8": ["method.targets=all-linear", "optimizer.learning_rate=3e-3"],
+            "all linear, rank 8": ["method.targets=all-linear", "optimizer.learning_rate=1e-3"],
             "full": ["method={name: full}", "optimizer.learning_rate=3e-4"],
         },
         "target/auc",

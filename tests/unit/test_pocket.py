@@ -280,6 +280,16 @@ def test_close_pairs_are_one_story_with_an_asked_word_exchanged():
         assert exchanged.pop()[0] in asked(row["prompt"])
 
 
+def test_a_judge_that_never_looks_at_the_prompt_is_right_of_seven_pairs_in_eight():
+    """What reading the prompt adds is the rest: a reward model below this has not learned to."""
+    rows = world.rows("pocket:preferences/validation?items=4000")
+    gains = [
+        true_reward("story of x and y: ", r["chosen"]) - true_reward("story of x and y: ", r["rejected"]) for r in rows
+    ]
+    right = sum(1.0 if gain > 0 else 0.5 if gain == 0 else 0.0 for gain in gains) / len(rows)
+    assert right == pytest.approx(0.88, abs=0.005)
+
+
 # Addresses
 
 
