@@ -51,17 +51,13 @@ class Question:
     asks: str
     recipe: str
     arms: dict[str, list[str]]
+    """Changes of each; the last is the yardstick that the others are held against."""
     judged: str
     """Name of the score; where it has a paired change, that is shown too."""
     also: tuple[str, ...] = ()
     shared: list[str] = field(default_factory=list)
     first: tuple[tuple[str, ...], ...] = ()
     """Recipe and changes of runs that come before; `FIRST` in a change stands for what the one before it learned."""
-
-    @property
-    def yardstick(self) -> str:
-        """The arm that others are held against: the last."""
-        return list(self.arms)[-1]
 
 
 def _thumbs(year: str) -> Question:
@@ -195,8 +191,7 @@ def main() -> None:
     record = Record("perl", question=asked.question, asks=question.asks, changes=asked.changes)
     for (arm, seed), result in results.items():
         record.add(question=asked.question, arm=arm, seed=seed, **_found(question, specs[arm, seed], result))
-    yardstick = next(arm for arm in reversed(arms) if arm.startswith(question.yardstick) or arm == list(arms)[-1])
-    rows = [_summary(question, arm, yardstick, asked.seeds, results) for arm in arms]
+    rows = [_summary(question, arm, list(arms)[-1], asked.seeds, results) for arm in arms]
     for row in rows:
         record.add(question=asked.question, **row)
     console().print(table(list(rows[0]), [list(row.values()) for row in rows], title=question.asks))
