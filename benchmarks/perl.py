@@ -4,9 +4,9 @@
 
 Every arm of a question runs once per seed, two runs side by side in processes of their own, so arms share whatever the machine
 does meanwhile; `--rates` gives every arm each learning rate instead of its own, to find that out on other seeds first. What is
-finished is not run again. KEY=VALUE changes all runs alike. The table says what is judged per arm: mean over seeds with Student's
-interval, and the difference from the yardstick, paired by seed; a difference whose interval holds 0 is a tie. Rows go to
-results/perl-DATE.jsonl, and RUNS/QUESTION/report.html is the page.
+finished is not run again. KEY=VALUE changes all of them alike, but not the lessons that come before. The table says what is
+judged per arm: mean over seeds with Student's interval, and the difference from the yardstick, paired by seed; a difference whose
+interval holds 0 is a tie. Rows go to results/perl-DATE.jsonl, and RUNS/QUESTION/report.html is the page.
 
 Questions on Taskmaster read files below the folder in the environment variable LORALAB_ASSETS.
 """

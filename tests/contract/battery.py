@@ -57,7 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-saved-norm": ("peft", {"tuner": "LORA", "keys": {"r": 4, "lora_alpha": 8, "modules_to_save": ["norm"]}}),
     "peft-oft": ("peft", {"tuner": "OFT", "keys": {"oft_block_size": 4}}),
     "full-from-delta": ("full", {}),
-    "full-attention-from-delta": ("full", {"targets": ["*self_attn*"]}),
     "lora-from-delta": ("lora", {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "up_proj"], "also_train": ["*norm*"]}),
     "lora_plus-from-delta": ("lora_plus", {"rank": 4, "alpha": 8.0, "ratio": 8.0}),
     "cola-from-delta": ("cola", {"rank": 4, "alpha": 8.0, "links": 2, "ranks": [4, 2]}),

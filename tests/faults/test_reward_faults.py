@@ -1,5 +1,6 @@
 """Reward functions that raise, say nonsense or hang: an exit code of 2 that names them, and a run that goes on."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,8 @@ def test_a_run_whose_reward_fails_says_so_and_goes_on_when_it_is_mended(world, w
     again = command(world, tmp_path, "runs", write_reward(tmp_path, body, after=10**6))
     assert loralab(*again) == 0
     same_bits(folder, whole)
+    (mended,) = json.loads((folder / "environment.json").read_text())["mended"]
+    assert mended["step"] == 3 and [key for key in mended if key.endswith("judge.py:judge")]
 
 
 def test_a_reward_of_wrong_numbers_at_once_leaves_no_folder(world, tmp_path, capsys):

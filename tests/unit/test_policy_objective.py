@@ -5,6 +5,7 @@ import torch
 from enumerated_policy import ANSWERS, END, PROMPT, World, opposite, same, two_prompts
 from torch import Tensor
 
+from loralab.spec.objective import PolicySpec
 from loralab.training.objectives.policy import Rollout
 
 
@@ -91,6 +92,11 @@ def test_the_unbiased_kl_of_grpo_has_the_gradient_of_the_kl_also_when_the_policy
     same(mean_gradient("exact"), expected)
     far = [float((a - b).abs().max()) for a, b in zip(mean_gradient("low_variance"), expected, strict=True)]
     assert max(far) > 1e-4, "without the ratio it is another divergence"
+
+
+def test_the_unbiased_kl_is_of_answers_drawn_from_the_whole_policy() -> None:
+    with pytest.raises(ValueError, match="not drawn from the policy"):
+        PolicySpec(algorithm="grpo", reward="grade", kl="unbiased", top_p=0.9)
 
 
 def test_the_unbiased_kl_is_for_grpo() -> None:

@@ -66,7 +66,7 @@ def test_other_targets_are_other_comparisons(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("part", ["base", "data"])
+@pytest.mark.parametrize("part", ["base", "data", "start"])
 def test_another_base_or_other_held_out_data_is_another_comparison_with_another_name(tmp_path, part):
     make_run(tmp_path, "full")
     other = make_run(tmp_path, "lora-r4")
@@ -74,7 +74,7 @@ def test_another_base_or_other_held_out_data_is_another_comparison_with_another_
     if part == "base":
         facts["inputs"]["base"] = "f" * 64
     else:
-        facts["inputs"]["data"]["validation"] = "f" * 64
+        facts["inputs"]["data"]["validation" if part == "data" else "model.delta"] = "f" * 64
     (other / "environment.json").write_text(json.dumps(facts))
     found = compare(runs_below(tmp_path))
     assert len({c.name for c in found}) == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from little_world import loralab, make_base, make_world, overrides, same_bits, write_rows
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.delta.store import load_lowrank, save_lowrank
-from loralab.errors import DeltaError, FolderError, Interrupted, SpecError
+from loralab.errors import CheckpointError, DeltaError, FolderError, Interrupted, SpecError
 from loralab.lab.evaluate import evaluate
 from loralab.lab.experiment import train
 from loralab.lab.merging import merge
@@ -21,6 +21,7 @@ from loralab.lab.objectives import prepare
 from loralab.lab.result import Result
 from loralab.lab.rewards import Answered
 from loralab.lab.rollouts import Rollouts
+from loralab.lab.trajectory import delta_at
 from loralab.lab.watch import Silent
 from loralab.methods.base import Method
 from loralab.spec.recipes import dump, read
@@ -54,7 +55,7 @@ LETTERS = (
 
 def spec(world: Path, **keys: Any) -> RunSpec:
     recipe = world / "recipe.yaml"
-    recipe.write_text("seed: 0\nschedule: {name: constant}\n")
+    recipe.write_text("seed: 0\nschedule: {name: constant}\nprobes: {spectra: false}\n")
     return read(recipe, overrides(world, **keys))
 
 
@@ -101,7 +102,8 @@ def move(method: Method) -> None:
 def test_a_run_begins_where_another_ended_and_its_own_delta_goes_on_alone(world, taught, tmp_path, how):
     """SFT run → run from its delta → runs on what that saved, merged and beside the base: each begins with the loss so far."""
     assert taught.score("target/loss").value < taught.score("target/loss", "base").value - 0.05
-    second = train(spec(world, **METHODS[how], train__steps=4, model__delta=str(taught.folder.path)), tmp_path)
+    keys = {**METHODS[how], "train__steps": 4, "probes__spectra": how != "full"}
+    second = train(spec(world, **keys, model__delta=str(taught.folder.path)), tmp_path)
     for name in ("target/loss", "general/loss"):
         for when in ("base", "before"):
             assert second.score(name, when).value == pytest.approx(taught.score(name).value, abs=1e-5)
@@ -215,8 +217,23 @@ class StopAt(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("objective", ["text", "policy"])
-@pytest.mark.parametrize("changed", ["weights", "scale"])
+def test_a_branch_begins_from_what_its_trunk_began_from_wherever_that_lies(world, taught, tmp_path):
+    adapter, moved = tmp_path / "adapter", tmp_path / "moved"
+    shutil.copytree(taught.folder.delta, adapter)
+    keys = {**LORA, "checkpoints__every": 2, "checkpoints__keep_last": 9}
+    trunk = train(spec(world, **keys, model__delta=str(adapter), train__steps=4), tmp_path / "runs")
+    adapter.rename(moved)
+    again = {**keys, "train__steps": 6, "branch_from": f"{trunk.folder.path}@2", "model__delta": str(moved)}
+    assert train(spec(world, **again, seed=0), tmp_path / "branches").status["step"] == 6
+    tensors = load_file(moved / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, moved / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="began from another delta"):
+        train(spec(world, **again, seed=0), tmp_path / "others")
+    with pytest.raises(DeltaError, match="on top of it"):
+        delta_at(trunk.folder.path, 2, weights=None)
+
+
+@pytest.mark.parametrize(("objective", "changed"), [("text", "weights"), ("policy", "scale")])
 def test_a_run_does_not_go_on_from_another_delta(world, taught, tmp_path, objective, changed):
     adapter = tmp_path / "adapter"
     shutil.copytree(taught.folder.delta, adapter)
@@ -276,6 +293,7 @@ def test_a_spec_without_the_key_is_what_it_was_before_there_was_one(world):
         ({"method__name": "peft"}, "layers of the peft library"),
         ({"method__name": "full", "model__random_init": True}, "random weights"),
         ({**LORA, "probes__spectra": "intruders"}, "base alone"),
+        ({**LORA, "method__dropout": 0.1}, "blur the delta"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(world, keys, what):

@@ -91,7 +91,11 @@ class Data:
         """Count what became of every row."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         found = {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
-        return found if self.validation is None else with_repeated(found, repeated(self.train, self.validation))
+        if self.validation is None or isinstance(
+            self.feed, StreamingFeed
+        ):  # a stream leaves held-out rows out by itself
+            return found
+        return with_repeated(found, repeated(self.train, self.validation))
 
 
 @dataclass(frozen=True)

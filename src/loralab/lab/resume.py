@@ -13,6 +13,7 @@ from loralab.spec.spec import RunSpec
 from loralab.training.checkpoint import checkpoints, read_checkpoint
 from loralab.training.loop import Loop
 
+START = "model.delta"
 TRUNK = ("seed", "model", "data", "method", "objective", "optimizer")
 """Sections that a branch shares with the run it comes from."""
 
@@ -20,7 +21,7 @@ TRUNK = ("seed", "model", "data", "method", "objective", "optimizer")
 def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
     """Write what the run was begun with, or refuse to go on with other weights, data or deltas.
 
-    A reward function may be mended; that it was stays on record.
+    A reward function may be mended; until which step another one was in use stays on record.
     """
     now = {"base": prepared.base.fingerprint, "data": prepared.data.fingerprints}
     facts = read_json(folder.environment)
@@ -34,7 +35,9 @@ def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
             fix="restore what it was, or move the run folder away to begin anew",
         )
     elif before != now:
-        write_json(folder.environment, {**facts, "inputs": now, "mended": [*facts.get("mended", []), before["data"]]})
+        old = {name: mark for name, mark in before["data"].items() if now["data"].get(name) != mark}
+        mended = [*facts.get("mended", []), {"step": folder.read_status().get("step", 0), **old}] if old else []
+        write_json(folder.environment, {**facts, "inputs": now} | ({"mended": mended} if mended else {}))
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -67,7 +70,7 @@ def resume(folder: RunFolder, loop: Loop, watch: RunWatch, *, spec: RunSpec, fin
         watch.total_steps = loop.total_steps
     elif spec.branch_from:
         point = _branch_point(spec.branch_from, folder.path.parent)
-        _same_base_or_refuse(point, fingerprint)
+        _same_base_or_refuse(point, fingerprint, folder)
         _same_trunk_or_refuse(point, spec)
         loop.load_state(read_checkpoint(point), branch=True)
         if loop.step >= loop.total_steps:
@@ -104,7 +107,7 @@ def _same_trunk_or_refuse(point: Path, spec: RunSpec) -> None:
     changed = [
         key
         for key, _, _ in diff(trunk, spec)
-        if key.partition(".")[0] in TRUNK and not key.endswith((".path", ".device"))
+        if key.partition(".")[0] in TRUNK and not key.endswith((".path", ".device", "model.delta"))
     ]
     if changed:
         raise CheckpointError(
@@ -114,11 +117,18 @@ def _same_trunk_or_refuse(point: Path, spec: RunSpec) -> None:
         )
 
 
-def _same_base_or_refuse(point: Path, fingerprint: str) -> None:
+def _same_base_or_refuse(point: Path, fingerprint: str, folder: RunFolder) -> None:
     inputs = read_json(RunFolder(point.parents[1]).environment).get("inputs", {})
     if inputs.get("base", fingerprint) != fingerprint:
         raise CheckpointError(
             "this checkpoint was trained on other base weights",
             where=str(point),
             fix="set model.path to the base of the run that it came from",
+        )
+    now = read_json(folder.environment)["inputs"]["data"]
+    if "data" in inputs and inputs["data"].get(START) != now.get(START):
+        raise CheckpointError(
+            "this checkpoint's run began from another delta",
+            where=str(point),
+            fix="set model.delta to what the run that it came from began from",
         )

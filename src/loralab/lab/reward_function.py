@@ -28,7 +28,7 @@ from typing import IO, Any, BinaryIO
 
 from loralab.errors import EvaluationError, did_you_mean
 
-REWARD_FUNCTION = "reward function"
+REWARD_FUNCTION = "function"
 """What the content of a function is called among the inputs of a run, with its name behind."""
 LENGTH = struct.Struct(">Q")
 IMPORT_S = 300.0
@@ -220,10 +220,10 @@ def _found(name: str) -> tuple[Callable[..., Any], str]:
 
 def _source(function: Callable[..., Any], module: ModuleType) -> str:
     """Hash the files of a function: its module's, and that of its code."""
-    files = [module.__file__]
+    files = [getattr(module, "__file__", None)]
     with suppress(TypeError):  # it is no function written in Python
         files.append(inspect.getsourcefile(inspect.unwrap(function)))
-    different = dict.fromkeys(Path(file).resolve() for file in files if file)
+    different = dict.fromkeys(path for file in files if file and (path := Path(file).resolve()).is_file())
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in different)).hexdigest()
 
 

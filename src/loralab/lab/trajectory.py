@@ -94,12 +94,15 @@ def _method(run: Path) -> Method:
     """Make the method of a run, attached to nothing: it knows ranks, scales and tuners.
 
     Raises:
-        DeltaError: the run began from random weights, which are in no file.
+        DeltaError: the run began from random weights, which are in no file, or its pairs from a delta, which checkpoints leave out.
     """
     spec = read(RunFolder(run).spec)
     if spec.model.random_init:
         fix = "measure it while it trains: probes.spectra"
         raise DeltaError("this run began from random weights, so its base is in no file", where=str(run), fix=fix)
+    if spec.model.delta is not None and spec.method.name != "full":
+        what = "checkpoints of a run that began from a delta hold what was learned on top of it, its `delta` the sum"
+        raise DeltaError(what, where=str(run), fix="look at its links, or measure it while it trains: probes.spectra")
     return METHODS[spec.method.name](**spec.method.model_dump(exclude={"name"}))
 
 

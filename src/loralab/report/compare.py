@@ -85,10 +85,11 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     for run in runs:
         if run.state == "damaged":
             continue
-        mark = run.base_mark
-        if mark is None:
+        if run.base_mark is None:
             unknown.append(run)
             continue
+        # What a run is measured against is its base and the delta that it began from.
+        mark = run.data_marks.get("model.delta", "") + run.base_mark
         held_out = run.data_marks.get("validation", run.data_marks.get("train", ""))
         groups.setdefault((run.target_data, mark, held_out, run.objective), []).append(run)
     for run in unknown:  # it never began; it belongs where its spec would have put it
@@ -99,6 +100,8 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     made = []
     for key, group in sorted(groups.items()):
         base = printable(source_name(str(group[0].at("model.path"))))
+        if (start := group[0].at("model.delta")) is not None:
+            base += f" with {printable(source_name(str(start)))}"
         kind = "" if key[3] == "text" else f"{OBJECTIVE_NAMES.get(key[3], key[3])}, "
         name = key[0] if names.count(key[0]) == 1 else f"{key[0]} ({kind}{base} {key[1][:4]}, data {key[2][:4]})"
         ordered = sorted(group, key=_order)
@@ -107,7 +110,9 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def _meant_for(run: Run, other: Run) -> bool:
-    mine, theirs = ((one.target_data, one.objective, one.at("model.path")) for one in (run, other))
+    mine, theirs = (
+        (one.target_data, one.objective, one.at("model.path"), one.at("model.delta")) for one in (run, other)
+    )
     return mine == theirs
 
 

@@ -130,6 +130,9 @@ class PolicySpec(Strict):
         if self.kl == "unbiased" and self.algorithm != "grpo":
             what = f"{self.algorithm} has the KL in its reward, where it is unbiased already"
             raise contradiction("objective.kl", what, "drop objective.kl, or set objective.algorithm=grpo")
+        if self.kl == "unbiased" and self.top_p < 1:
+            what = "answers cut to the likeliest tokens are not drawn from the policy whose KL is estimated"
+            raise contradiction("objective.kl", what, "set objective.top_p=1, or drop objective.kl")
         if self.patience is not None and not self.held_out:
             what = "nothing is held out that could fail to rise"
             raise contradiction("objective.patience", what, "name objective.held_out, or drop objective.patience")

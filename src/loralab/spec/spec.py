@@ -284,6 +284,9 @@ class RunSpec(Strict):
             raise contradiction(
                 key, "layers of the peft library cannot lie beside it", f"take a method of ours, or {fix}"
             )
+        if getattr(self.method, "dropout", 0):
+            what = "dropout would blur the delta that training begins from too"
+            raise contradiction(key, what, "set method.dropout=0")
         if self.probes.spectra == "intruders" and self.method.name != "full":
             what = "intruders would be judged against the base alone, not against base and delta"
             raise contradiction(key, what, f"drop probes.spectra=intruders, or {fix}")
