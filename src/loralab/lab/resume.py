@@ -23,7 +23,7 @@ def same_inputs_or_refuse(folder: RunFolder, prepared: Prepared) -> None:
 
     A reward function may be mended; until which step another one was in use stays on record.
     """
-    now = {"base": prepared.base.fingerprint, "data": prepared.data.fingerprints}
+    now: dict[str, Any] = {"base": prepared.base.fingerprint, "data": prepared.data.fingerprints}
     facts = read_json(folder.environment)
     before = facts.get("inputs")
     if before is None:
