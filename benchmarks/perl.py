@@ -250,7 +250,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Give an arm's mean over seeds, and its difference from the yardstick, paired by seed."""
     after = list(_values(question.judged, arm, seeds, results))
-    before = [result.before[question.judged].value for seed in seeds if (result := results[arm, seed])]
+    before = [results[arm, seed].before[question.judged].value for seed in seeds]
     apart = np.subtract(after, list(_values(question.judged, yardstick, seeds, results))).tolist()
     return {
         "arm": arm,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def same_bits(run: Path, whole: Path) -> None:
 def _tensor_files(run: Path) -> set[Path]:
     """Name the safetensors of a run, apart from its checkpoints."""
     return {path.relative_to(run) for path in run.rglob("*.safetensors") if "checkpoints" not in path.parts}
+
+
+def stop_at(step: int) -> Any:
+    """Give a display that asks the run to stop behind a step, as Ctrl+C does."""
+    from loralab.lab.watch import Silent
+
+    class Stop(Silent):
+        def step(self, line: dict[str, Any], total_steps: int) -> None:
+            if line["step"] == step:
+                signal.raise_signal(signal.SIGINT)
+
+    return Stop()
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 import gc
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from little_world import make_base, overrides, rows, same_bits, write_rows
+from little_world import make_base, overrides, rows, same_bits, stop_at, write_rows
 from loralab.base.model import load
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.delta.store import load_lowrank, save_lowrank
@@ -18,7 +17,6 @@ from loralab.evals.stats import Score
 from loralab.lab.experiment import Result, train
 from loralab.lab.objectives import prepare
 from loralab.lab.policy import Limits
-from loralab.lab.watch import Silent
 from loralab.run.folder import read_lines
 from loralab.spec.objective import PolicySpec
 from loralab.spec.recipes import read
@@ -61,17 +59,6 @@ def spec(world: Path, algorithm: str = "rloo", **keys: Any) -> RunSpec:
     recipe.write_text("seed: 0\n")
     given = {key: value for key, value in chosen.items() if value is not None or not key.startswith("method__")}
     return read(recipe, overrides(world, **given))
-
-
-class StopAt(Silent):
-    """A display that stops the run behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, line: dict[str, Any], total_steps: int) -> None:
-        if line["step"] == self.at:
-            signal.raise_signal(signal.SIGINT)
 
 
 def metrics(result: Result, name: str) -> list[float]:
@@ -134,7 +121,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(world, tmp_path, algorithm
     chosen = spec(world, algorithm, **keys, objective__patience=9, objective__held_out=f"{world / 'letters.py'}:count")
     whole = train(chosen, tmp_path / "whole")
     with pytest.raises(Interrupted, match=f"after step {step}"):
-        train(chosen, tmp_path / "stopped", display=StopAt(step))
+        train(chosen, tmp_path / "stopped", display=stop_at(step))
     again = train(chosen, tmp_path / "stopped")
     same_bits(again.folder.path, whole.folder.path)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from little_world import loralab, make_base, make_world, overrides, same_bits, write_rows
+from little_world import loralab, make_base, make_world, overrides, same_bits, stop_at, write_rows
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.delta.store import load_lowrank, save_lowrank
 from loralab.errors import CheckpointError, DeltaError, FolderError, Interrupted, SpecError
@@ -22,7 +21,6 @@ from loralab.lab.result import Result
 from loralab.lab.rewards import Answered
 from loralab.lab.rollouts import Rollouts
 from loralab.lab.trajectory import delta_at
-from loralab.lab.watch import Silent
 from loralab.methods.base import Method
 from loralab.spec.recipes import dump, read
 from loralab.spec.spec import RunSpec
@@ -201,20 +199,9 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(world, taught, tmp_path, h
     chosen = spec(world, **METHODS[how], **filled, model__delta=str(taught.folder.path))
     whole = train(chosen, tmp_path / "whole")
     with pytest.raises(Interrupted, match="after step 4"):
-        train(chosen, tmp_path / "stopped", display=StopAt(4))
+        train(chosen, tmp_path / "stopped", display=stop_at(4))
     again = train(chosen, tmp_path / "stopped")
     same_bits(again.folder.path, whole.folder.path)
-
-
-class StopAt(Silent):
-    """A display that stops the run behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, line: dict[str, Any], total_steps: int) -> None:
-        if line["step"] == self.at:
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_branch_begins_from_what_its_trunk_began_from_wherever_that_lies(world, taught, tmp_path):
@@ -240,7 +227,7 @@ def test_a_run_does_not_go_on_from_another_delta(world, taught, tmp_path, object
     make = policy if objective == "policy" else spec
     chosen = make(world, **LORA, model__delta=str(adapter), train__steps=6)
     with pytest.raises(Interrupted):
-        train(chosen, tmp_path / "runs", display=StopAt(2))
+        train(chosen, tmp_path / "runs", display=stop_at(2))
     if changed == "weights":
         tensors = load_file(adapter / "adapter_model.safetensors")
         save_file({name: 2 * tensor for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")

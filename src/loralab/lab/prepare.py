@@ -161,12 +161,16 @@ def method_of(spec: RunSpec, base: Base) -> Method:
         raise DeltaError(error.what, where=f"model.delta={spec.model.delta}: {error.where}", fix=error.fix) from None
 
 
+START = "model.delta"
+"""What the delta that a base wears from the start is called among the inputs of a run."""
+
+
 def start_of(spec: RunSpec) -> dict[str, str]:
     """Name the delta that the base wears from the start by content, if there is one."""
     if spec.model.delta is None:
         return {}
     folder = folder_of(spec.model.delta)
-    return {"model.delta": content_sha256([folder / ADAPTER, folder / WEIGHTS])}
+    return {START: content_sha256([folder / ADAPTER, folder / WEIGHTS])}
 
 
 def refuse_missing_files(spec: RunSpec) -> None:

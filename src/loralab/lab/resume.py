@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import CheckpointError, FolderError
-from loralab.lab.prepare import Prepared
+from loralab.lab.prepare import START, Prepared
 from loralab.lab.reward_function import REWARD_FUNCTION
 from loralab.lab.watch import RunWatch
 from loralab.run.folder import RunFolder, environment, keep_lines, read_json, write_json
@@ -13,7 +13,6 @@ from loralab.spec.spec import RunSpec
 from loralab.training.checkpoint import checkpoints, read_checkpoint
 from loralab.training.loop import Loop
 
-START = "model.delta"
 TRUNK = ("seed", "model", "data", "method", "objective", "optimizer")
 """Sections that a branch shares with the run it comes from."""
 

@@ -153,6 +153,42 @@ class OneStage:
         return []
 
 
+class Around:
+    """A method around another: everything is the inner method's, but for what a subclass adds."""
+
+    method: Method
+
+    def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
+        return self.method.param_groups(learning_rate, weight_decay)
+
+    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
+        return self.method.phase(step, total_steps)
+
+    def at_step(self, progress: Progress) -> Knot | None:
+        return self.method.at_step(progress)
+
+    def delta(self, wanted: Wanted = all_wanted) -> Delta:
+        return self.method.delta(wanted)
+
+    def links(self) -> list[Delta]:
+        return self.method.links()
+
+    def without(self) -> AbstractContextManager[None]:
+        return self.method.without()
+
+    def plain(self) -> AbstractContextManager[None]:
+        return self.method.plain()
+
+    def save(self, folder: Path) -> None:
+        self.method.save(folder)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.method.state()
+
+    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.method.load_state(tensors, facts)
+
+
 def split_vectors(tensors: dict[str, Parameter], learning_rate: float, weight_decay: float) -> list[ParamGroup]:
     """Name two groups: matrices, and vectors (norms, biases), which are not decayed."""
     vectors = {name: p for name, p in tensors.items() if p.ndim < 2}

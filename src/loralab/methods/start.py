@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from loralab.delta.lowrank import Delta, LayerDelta, LowRank, add
 from loralab.delta.merge import merge_
 from loralab.delta.store import save_lowrank
 from loralab.errors import DeltaError
-from loralab.methods.base import Attachment, Knot, ParamGroup, Progress, Wanted, all_wanted
+from loralab.methods.base import Around, Attachment
 from loralab.methods.full import Full
 from loralab.methods.lora import Lora
 
@@ -30,13 +29,17 @@ START = "start"
 """Name of the pairs that a run began from."""
 
 
-class FromDelta:
+class FromDelta(Around):
     """A method that goes on from a delta: what is put on, restored and saved has it; all else is the method's own.
+
+    Its `delta()` is what changed since training began. The delta that it began from is frozen: no part of the state, read again.
 
     Args:
         method: moves the weights.
         start: low-rank delta of the base; what it holds whole (norms, heads) is overwritten in place.
     """
+
+    method: Lora | Full
 
     def __init__(self, method: Lora | Full, start: Delta) -> None:
         self.method, self.start = method, start
@@ -64,19 +67,6 @@ class FromDelta:
             for layer in add_pairs_(model, self.start, START).values():
                 layer.active = (START, *(name for name in layer.active if name != START))
         return attachment
-
-    def param_groups(self, learning_rate: float, weight_decay: float) -> list[ParamGroup]:
-        return self.method.param_groups(learning_rate, weight_decay)
-
-    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
-        return self.method.phase(step, total_steps)
-
-    def at_step(self, progress: Progress) -> Knot | None:
-        return self.method.at_step(progress)
-
-    def delta(self, wanted: Wanted = all_wanted) -> Delta:
-        """Give what changed since training began: of the delta that it began from, nothing."""
-        return self.method.delta(wanted)
 
     def links(self) -> list[Delta]:
         """Give the delta that the run began from, then the method's own links, or what it learned; empty for full fine-tuning."""
@@ -123,13 +113,6 @@ class FromDelta:
         else:
             whole = add([self.start, self.method.delta()])
             save_lowrank(folder, whole, self._base.path, model=self._base.model)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Give the method's state; the delta that it began from is frozen, and read again."""
-        return self.method.state()
-
-    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.method.load_state(tensors, facts)
 
 
 def _as_trained(name: str, change: LayerDelta, device: torch.device) -> LowRank:

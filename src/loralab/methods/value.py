@@ -8,7 +8,6 @@ with and without them; A is random, B zero and the head zero, so every value is 
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +20,12 @@ from loralab.base.model import Base, head
 from loralab.base.targets import match
 from loralab.delta.layers import active, shape_of, wrap_
 from loralab.delta.linear import LowRankModule, Pair
-from loralab.delta.lowrank import Delta
 from loralab.errors import TargetError
 from loralab.methods.base import (
+    Around,
     Attachment,
-    Knot,
     Method,
     ParamGroup,
-    Progress,
-    Wanted,
-    all_wanted,
     count,
     count_all,
     split_vectors,
@@ -149,8 +144,10 @@ class Value:
             parameter.copy_(tensors[name])
 
 
-class WithValue:
+class WithValue(Around):
     """A method and a value model trained together: groups and state are of both, everything else is the method's own.
+
+    The value's pairs act nowhere but inside `acting()`; it is no part of the delta, and is kept in checkpoints only.
 
     Args:
         method: moves the policy.
@@ -183,31 +180,6 @@ class WithValue:
         rate = learning_rate if self.value_learning_rate is None else self.value_learning_rate
         own = self.method.param_groups(learning_rate, weight_decay)
         return own + self.value.param_groups(rate, weight_decay)
-
-    def phase(self, step: int, total_steps: int) -> tuple[int, int]:
-        return self.method.phase(step, total_steps)
-
-    def at_step(self, progress: Progress) -> Knot | None:
-        return self.method.at_step(progress)
-
-    def delta(self, wanted: Wanted = all_wanted) -> Delta:
-        """Give what the method changed; the value is no part of it."""
-        return self.method.delta(wanted)
-
-    def links(self) -> list[Delta]:
-        return self.method.links()
-
-    def without(self) -> AbstractContextManager[None]:
-        """Restore what training began from exactly inside the block; the value's pairs do not act anyway."""
-        return self.method.without()
-
-    def plain(self) -> AbstractContextManager[None]:
-        """Restore the base exactly inside the block."""
-        return self.method.plain()
-
-    def save(self, folder: Path) -> None:
-        """Write the method's delta in its stock format; the value is kept in checkpoints only."""
-        self.method.save(folder)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Give the method's state, and the value's tensors under `value/`."""
