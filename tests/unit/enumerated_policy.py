@@ -84,16 +84,18 @@ class World:
             weight += loss.weight
         return [torch.zeros_like(t) if t.grad is None else t.grad / weight for t in everything]
 
-    def mean_gradient(self, samples: int, **keys: Any) -> list[Tensor]:
-        """The mean over all ways to draw so many answers, each with its probability."""
+    def mean_gradient(self, samples: int, drawn_at: float | None = None, **keys: Any) -> list[Tensor]:
+        """The mean over all ways to draw so many answers, each with its probability; at `drawn_at` a stand-in draws."""
         temperature = keys.get("temperature", 1.0)
         with torch.no_grad():
-            p = [float(self.of(answer, temperature).sum().exp()) for answer in ANSWERS]
+            log_p = [self.of(answer, drawn_at or temperature) for answer in ANSWERS]
+        p = [float(found.sum().exp()) for found in log_p]
         total = [torch.zeros_like(t) for t in self.tensors]
         for drawn in itertools.combinations_with_replacement(range(len(ANSWERS)), samples):
             ways = 1 if len(set(drawn)) == 1 else samples
             assert samples <= 2
-            rollout = Rollout(PROMPT, [ANSWERS[i] for i in drawn], [REWARDS[i] for i in drawn])
+            told = [log_p[i].tolist() for i in drawn] if drawn_at else []
+            rollout = Rollout(PROMPT, [ANSWERS[i] for i in drawn], [REWARDS[i] for i in drawn], log_probs=told)
             chance = ways * float(torch.tensor([p[i] for i in drawn]).prod())
             for mine, part in zip(total, self.gradient(self.objective([rollout], **keys)), strict=False):
                 mine += chance * part

@@ -39,7 +39,8 @@ class Answer:
         tokens: all that were chosen, the stop token and those of a stop text included.
         text: without special tokens, cut before the first stop text; None where there is no tokenizer.
         ended: by a stop token, by a stop text, or at the prompt's limit.
-        log_probs: of each token under the model itself (nats): temperature 1, no token left out. None unless asked for.
+        log_probs: of each token under the model itself (nats): temperature 1, no token left out. None unless asked for. Of a
+            server's answer: as it was drawn.
     """
 
     tokens: list[int]

@@ -16,6 +16,7 @@ from loralab.evals.exam_probe import ExamProbe
 from loralab.evals.generate import Answer, Sampling, Writer
 from loralab.evals.policy_probe import HELD_OUT, REWARD, PolicyProbe, PolicySamples
 from loralab.evals.probe import Probe
+from loralab.evals.served import ServedWriter, Server
 from loralab.evals.stats import Score
 from loralab.evals.tasks import Task
 from loralab.lab.prepare import (
@@ -113,9 +114,13 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     models = RewardModels(found, base, head, method.plain)
     rewards, held_out = (rewards_of(s, functions, models.reward) for s in (objective.reward, objective.held_out))
     writer = Writer(base.model, base.tokenizer, together=head.packs)
+    stand_in = None
+    if objective.server is not None:
+        stand_in = ServedWriter(Server(objective.server), method.save, base.model, base.tokenizer)
+        stand_in.check(data.train.asked[0].prompt, Sampling(objective.temperature, objective.top_p))
     batches = Batches(data.train, batch_size=spec.train.batch_size, seed=spec.seed)
     rollouts = Rollouts(
-        writer,
+        stand_in or writer,
         batches,
         rewards,
         samples=objective.samples,
@@ -183,6 +188,9 @@ def _refuse_what_means_nothing(spec: RunSpec, objective: PolicySpec) -> None:
     if (objective.max_kl is not None or objective.patience is not None) and not held_out:
         what = "there are no held-out prompts on which a limit could be seen"
         refuse("data.validation", what, "name data.validation, or set data.validation_share")
+    if objective.server is not None and spec.method.name == "full":
+        what = "full fine-tuning has no adapter that a server could be handed"
+        refuse("objective.server", what, "take a low-rank method, or drop objective.server")
     models = [source.path for source in (*objective.reward, *objective.held_out) if is_delta(source.path)]
     if spec.method.name == "peft" and models:
         what = f"the reward model {models[0]} cannot lie beside layers of the peft library"

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from loralab.evals.generate import Answer, Sampling, Writer
+from loralab.evals.served import ServedWriter
 from loralab.lab.prompts import Asked, Batches
 from loralab.lab.rewards import Answered, Rewarded
 from loralab.training.objectives.answers import Rollout
@@ -25,7 +26,7 @@ class Rollouts:
     """Writes and rewards the answers of a batch by its number: a function of the policy as it is, the run's seed and the number.
 
     Args:
-        writer: of the policy.
+        writer: of the policy, or of a server that stands in for it.
         batches: of prompts.
         rewards: of answers.
         samples: answers to each prompt.
@@ -36,7 +37,7 @@ class Rollouts:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: Writer | ServedWriter,
         batches: Batches,
         rewards: Callable[[Sequence[Answered]], Rewarded],
         *,
@@ -66,6 +67,7 @@ class Rollouts:
                 parts={name: part[place : place + self.samples] for name, part in rewarded.parts.items()},
                 truncated=[answer.ended == "limit" for answer in mine],
                 texts=[answer.text or "" for answer in mine],
+                log_probs=[answer.log_probs for answer in mine if answer.log_probs is not None],
             )
             for one, mine, place in zip(asked, written, range(0, len(asked) * self.samples, self.samples), strict=True)
         ]

@@ -96,6 +96,12 @@ class PolicySpec(Strict):
     `unbiased` is for grpo, whose k₃ has the mean gradient of another divergence: k₃ times the ratio of new to old probability
     has that of the KL (DeepSeek-V3.2, 2512.02556; TRL's `use_bias_correction_kl`).
     """
+    server: Annotated[str, Field(pattern=r"^https?://.")] | None = None
+    """URL of a vLLM server that writes the answers which are trained on; None writes them here. Before each batch
+    it is handed the adapter as files, so it must see this machine's temporary folder. Start it on the run's base with
+    `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK --logprobs-mode processed_logprobs`.
+    Each answer's loss is weighed by what policy and server say of it. Resumed runs are then not the same bit by bit.
+    """
     epochs: Count = 1
     """Passes over each batch of answers; above 1 the ratio of new to old probabilities is clipped."""
     minibatches: Count = 1

@@ -11,12 +11,16 @@ so k belongs in the reward, where it weighs on the tokens before it, and, differ
   π has moved since. That of its own token: what a token changes about the KL of later ones is left out, as in GRPO's exact KL.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 GRPO_EPSILON = 1e-4
 """Added to the spread of rewards, which may be 0."""
+HEAVIEST = 3.0
+"""Largest weight of an answer that a stand-in wrote; TRL's limit for vLLM."""
 
 
 def log_ratio(log_probs: Float[Tensor, "*n"], reference: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -114,6 +118,23 @@ def clipped(
     ratio = torch.exp(log_probs - old)
     free, held = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
     return torch.maximum(free, held), ratio.detach(), (held > free).detach()
+
+
+def answer_weights(
+    log_probs: Float[Tensor, " tokens"], drawn: Float[Tensor, " tokens"], tails: Sequence[int]
+) -> Float[Tensor, " answers"]:
+    """Weigh answers that a stand-in μ wrote as if the policy had: w = π(answer)/μ(answer), at most `HEAVIEST`.
+
+    Paper: truncated importance sampling, Ionides 2008; TRL corrects what vLLM writes by the same ratio of a whole answer, and drops
+    answers where this cuts. Below the limit, E_μ[w f] = E_π[f], so the gradient of J stays unbiased.
+
+    Args:
+        log_probs: log π of the written tokens, without gradient.
+        drawn: log μ of them.
+        tails: tokens of each answer.
+    """
+    apart = (log_probs - drawn).split(list(tails))
+    return torch.stack([each.sum() for each in apart]).exp().clamp(max=HEAVIEST)
 
 
 def explained_variance(values: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> float | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from loralab.base.trees import Forest, forest
+from loralab.errors import EvaluationError
+from loralab.training import estimators
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +23,7 @@ class Rollout:
         parts: what the rewards are made of, by name: a number for each answer.
         truncated: whether an answer was cut off before its end; empty where that is not known.
         texts: the answers in words, for people.
+        log_probs: what each answer's tokens were drawn with (nats), where not the policy itself but a stand-in for it wrote them.
 
     Raises:
         ValueError: there is no answer, an empty one, or a list of another length.
@@ -32,14 +35,17 @@ class Rollout:
     parts: dict[str, list[float]] = field(default_factory=dict)
     truncated: list[bool] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    log_probs: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         lists: list[list[Any]] = [self.rewards, *self.parts.values()]
-        lists += [found for found in (self.truncated, self.texts) if found]
+        lists += [found for found in (self.truncated, self.texts, self.log_probs) if found]
         if not self.prompt or not self.answers or not all(self.answers):
             raise ValueError("a rollout needs a prompt and answers, each of a token at least")
         if any(len(found) != len(self.answers) for found in lists):
             raise ValueError(f"{len(self.answers)} answers, but lists of {sorted({len(found) for found in lists})}")
+        if self.log_probs and list(map(len, self.log_probs)) != list(map(len, self.answers)):
+            raise ValueError("a log-probability is missing, or one too many")
 
     @property
     def num_tokens(self) -> int:
@@ -47,8 +53,13 @@ class Rollout:
         return sum(map(len, self.answers))
 
 
+STRANGER = 0.5
+"""KL per token (nats) from which on a writer is not taken for the policy; other kernels and bfloat16 make some 0.001."""
+
 Known = dict[str, Tensor]
-"""Numbers (tokens,) of answer tokens, float64 in main memory: `old` and `reference` log-probabilities, `kl`, `values`."""
+"""Numbers (tokens,) of answer tokens, float64 in main memory: log-probabilities (`drawn` by who wrote them if that was a stand-in,
+`old` by the policy then, `reference`), `kl`, `values`.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +69,7 @@ class PolicyBatch:
     Attributes:
         rollouts: prompts with their answers.
         rows: one row with all of them, or one for each answer where the model cannot keep documents apart.
-        known: of their answer tokens; empty where the policy that learns is the one that wrote.
+        known: of their answer tokens; `old` is missing where the policy that learns is still the one that wrote.
         signal: whether anything can be learned from the optimizer step that it belongs to.
         number: in that step.
         step: what the micro-batches of that step found, by number.
@@ -109,3 +120,23 @@ def facts(rollouts: list[Rollout]) -> dict[str, float]:
     if all(rollout.truncated for rollout in rollouts):
         found["truncated"] = mean(r.truncated for r in rollouts)
     return found
+
+
+def drawn(rollout: Rollout) -> Known:
+    """Note what a stand-in drew an answer's tokens with; nothing where the policy itself wrote."""
+    if not rollout.log_probs:
+        return {}
+    return {"drawn": torch.tensor([each for answer in rollout.log_probs for each in answer], dtype=torch.float64)}
+
+
+def refuse_strangers(known: Known) -> None:
+    """Refuse answers that somebody else wrote: learning from them would go astray without a word."""
+    if "drawn" not in known:
+        return
+    apart = float(estimators.kl_per_token(known["drawn"], known["old"]).mean())
+    if not apart <= STRANGER:
+        raise EvaluationError(
+            f"the answers were not written by the policy: KL(writer‖policy) is {apart:.3g} nats per token",
+            where="objective.server",
+            fix="serve the run's own base, with no other settings than those that `objective.server` asks for",
+        )

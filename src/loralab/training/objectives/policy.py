@@ -10,6 +10,7 @@ the written token, and everything but log π and the KL of the loss without grad
 With kl = unbiased, grpo's term is β ρₜ k₃, whose mean gradient is that of the KL itself (DeepSeek-V3.2, 2512.02556).
 With kl = exact the KL over the vocabulary takes the place of k₁ and k₃; it has a gradient of its own, so it enters the loss of
 reinforce and rloo too. reinforce and rloo then climb J without bias, either way (`training.estimators` says why); grpo does not.
+Where a stand-in wrote the answers (a server with kernels of its own), each answer's loss is weighed by π/μ of the whole answer.
 Sums are divided by the number of answers (reinforce, rloo), or of answer tokens (grpo: every token of the step counts the same,
 however long its answer), of the whole optimizer step.
 """
@@ -31,7 +32,16 @@ from loralab.methods.value import Value
 from loralab.training import estimators
 from loralab.training.loss import LanguageHead, LogitsOf, Written
 from loralab.training.objectives import Loss
-from loralab.training.objectives.answers import Known, PolicyBatch, Rollout, equal, facts, lay_out
+from loralab.training.objectives.answers import (
+    Known,
+    PolicyBatch,
+    Rollout,
+    drawn,
+    equal,
+    facts,
+    lay_out,
+    refuse_strangers,
+)
 
 
 class PolicyObjective:
@@ -115,9 +125,9 @@ class PolicyObjective:
                 fix="raise train.batch_size, which counts prompts, or take fewer minibatches",
             )
         self.rollouts, self.sampled, self._updates = rollouts, self.sampled + 1, 0
-        self._known = [{} for _ in rollouts]
+        self._known = [drawn(rollout) for rollout in rollouts]
         if self.epochs * self.minibatches > 1:
-            self._known = self._measure(rollouts)
+            self._known = [a | b for a, b in zip(self._known, self._measure(rollouts), strict=True)]
 
     def _step(self, update: int) -> list[PolicyBatch]:
         """Lay out the micro-batches of one optimizer step on the batch in hand."""
@@ -152,7 +162,7 @@ class PolicyObjective:
             return True
         if not self.beta:
             return False
-        for found in known if known[0] else self._measure(rollouts):
+        for found in known if "old" in known[0] else self._measure(rollouts):
             apart = found["kl"] if self.kl == "exact" else found["old"] - found["reference"]
             if apart.any():
                 return True
@@ -231,7 +241,7 @@ class PolicyObjective:
             return Loss(torch.zeros(()), 0.0, dict(batch.facts))
         known, written = dict(batch.known), None
         logits = self._ask_reference(batch, known)
-        if self.beta and "old" not in known:  # the KL is a part of what tokens are worth
+        if (self.beta or "drawn" in known) and "old" not in known:  # the KL is a part of what tokens are worth
             if self.value is not None and self._view_writes():
                 with torch.no_grad():
                     known |= _kept(self._read(batch, logits))
@@ -239,6 +249,7 @@ class PolicyObjective:
                 written = self._read(batch, logits)
                 known |= _kept(written)
         worth = self._worth(batch, known)
+        refuse_strangers(known)
         of_value: Tensor | None = None
         if self.value is not None:
             of_value, values = self._value_loss(self.value, batch, worth)
@@ -295,17 +306,19 @@ class PolicyObjective:
             loss = -torch.exp(log_probs - log_probs.detach()) * advantages
         else:
             loss = -log_probs * advantages
-        total = loss.sum()
         if written.kl is not None:
-            total = total + self.beta * written.kl.sum()
+            loss = loss + self.beta * written.kl
         elif self.beta and self.algorithm == "grpo":
             reference = known["reference"].to(log_probs)
             if self.kl == "unbiased":
                 old = known["old"].to(log_probs) if "old" in batch.known else log_probs.detach()
-                total = total + self.beta * estimators.weighted_kl(log_probs, old, reference).sum()
+                loss = loss + self.beta * estimators.weighted_kl(log_probs, old, reference)
             else:
-                total = total + self.beta * estimators.kl_per_token(log_probs, reference).sum()
-        return total
+                loss = loss + self.beta * estimators.kl_per_token(log_probs, reference)
+        if "drawn" in known:
+            weights = estimators.answer_weights(known["old"], known["drawn"], batch.tails)
+            loss = loss * weights.repeat_interleave(torch.tensor(batch.tails)).to(loss)
+        return loss.sum()
 
     def _metrics(self, step: dict[int, Known]) -> dict[str, float]:
         """Average over the micro-batches of the step so far, so that those of the last one are the step's."""
@@ -319,6 +332,10 @@ class PolicyObjective:
             found["value_loss"] = float((joint["seen"] - joint["returns"]).square().mean())
             explained = estimators.explained_variance(joint["seen"], joint["returns"])
             found |= {} if explained is None else {"explained_variance": explained}
+        if "drawn" in joint:
+            apart = estimators.kl_per_token(joint["drawn"], joint["old"])
+            weights = estimators.answer_weights(joint["old"], joint["drawn"], joint["tails"].tolist())
+            found |= {"stand_in_kl_per_token": float(apart.mean()), "stand_in_weight": float(weights.mean())}
         if "ratio" in joint:
             found |= {"clipped": float(joint["held"].mean()), "ratio_max": float(joint["ratio"].max())}
         return found
