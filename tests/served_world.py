@@ -18,6 +18,7 @@ class Stand:
     """What is served, and what was asked of it.
 
     Attributes:
+        key: that is asked for, if any.
         raw: give log-probabilities as they are before temperature, as vLLM does by default.
         loads: adapters may be loaded.
         handed: the tensors of every adapter that was loaded.
@@ -27,6 +28,7 @@ class Stand:
     """
 
     def __init__(self, base: Path) -> None:
+        self.key: str | None = None
         self.base, self.raw, self.loads, self.lock = base, False, True, Lock()
         self.handed: list[dict[str, torch.Tensor]] = []
         self.names: list[str] = []
@@ -103,6 +105,8 @@ def serving(base: Path) -> Iterator[tuple[str, Stand]]:
         def _reply(self, body: dict[str, Any] | None) -> None:
             with stand.lock:
                 status, found = stand.answer(self.path, body)
+            if stand.key and self.headers["Authorization"] != f"Bearer {stand.key}":
+                status, found = 401, {"error": "Unauthorized"}
             text = found.encode() if isinstance(found, str) else json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))

@@ -124,6 +124,15 @@ def test_what_a_server_refuses_is_said_with_what_to_do(policy, served):
         Server(url).complete(model="nobody", prompt=[1], max_tokens=1, temperature=1.0)
 
 
+def test_a_server_with_a_key_is_asked_with_it(policy, served, monkeypatch):
+    url, stand = served
+    stand.key = "sesame"
+    with pytest.raises(EvaluationError, match="401 Unauthorized"):
+        Server(url).base()
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert Server(url).base() == "base"
+
+
 # As a run
 
 

@@ -8,6 +8,7 @@ server goes on using what it computed with the old weights (vLLM's own warning).
 """
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ _ALLOW = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment
 
 
 class Server:
-    """A vLLM server, by its HTTP interface.
+    """A vLLM server, by its HTTP interface. Its key, if it has one, is taken from VLLM_API_KEY, where vLLM takes it from too.
 
     Args:
         url: such as http://localhost:8000.
@@ -74,7 +75,10 @@ class Server:
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = Request(self.url + path, data, headers)
         try:
             with urlopen(request, timeout=self.timeout) as response:
                 text = response.read().decode()
