@@ -75,6 +75,7 @@ def _thumbs(year: str) -> Question:
         f"is a LoRA reward model as good as a full one on thumbs of agents (Taskmaster TM-{year})?",
         "reward-taskmaster-lora",
         {
+            "all linear, rank 1": ["method.targets=all-linear", "method.rank=1", "optimizer.learning_rate=2e-3"],
             "all linear, rank 8": ["method.targets=all-linear", "optimizer.learning_rate=1e-3"],
             "full": ["method={name: full}", "optimizer.learning_rate=3e-4"],
         },
