@@ -264,7 +264,6 @@ def test_the_head_follows_the_seed(world):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("data.general", "x.jsonl"),
         ("data.streaming", True),
         ("probes.source", "pocket:source"),
         ("probes.target", "pocket:calc"),

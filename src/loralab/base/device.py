@@ -110,3 +110,17 @@ def peak_bytes() -> int:
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return most if sys.platform == "darwin" else most * 1024
+
+
+def refuse_quantize(quantize: str | None, device: torch.device) -> None:
+    """Raise ModelError for a quantisation that there is not, or not here."""
+    if quantize is None:
+        return
+    if quantize not in ("4bit", "8bit"):
+        raise ModelError(f"there is no quantisation {quantize!r}", where="model.quantize", fix="use 4bit or 8bit")
+    if device.type != "cuda":
+        raise ModelError("quantising needs CUDA", where="model.quantize", fix="drop model.quantize on this machine")
+    if installed("bitsandbytes") is None:
+        raise ModelError(
+            "quantising needs bitsandbytes", where="model.quantize", fix="install it: pip install 'loralab[bnb]'"
+        )

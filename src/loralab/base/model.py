@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from loralab.base.attention import NAME
-from loralab.base.device import choose_device, choose_dtype, installed
+from loralab.base.device import choose_device, choose_dtype, refuse_quantize
 from loralab.base.hub import find, read_facts, weight_files
 from loralab.errors import ModelError, did_you_mean
 
@@ -95,7 +95,7 @@ def load(
     disable_progress_bar()  # of Transformers, which would write between the lines of a run
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
-    _refuse_quantize(quantize, place)
+    refuse_quantize(quantize, place)
     folder, commit = find(path, revision, weights=not random_init, code=trust_remote_code)
     settings = read_settings(folder, trust_remote_code)
     if attention_dropout is not None:
@@ -129,6 +129,31 @@ def load(
         )
     _use_own_attention(model)
     return Base(model.requires_grad_(False).eval(), tokenizer, path, commit, mark, drawn)
+
+
+def with_words(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Give the language model whose backbone a model of scores wears: the head of the same files that predicts words, around it.
+
+    What moves the backbone moves both. Only the head is held besides; where it is tied to the embeddings, it is those of the
+    backbone.
+
+    Raises:
+        ModelError: the files hold no such head.
+    """
+    folder, _ = find(base.path, base.revision, code=trust_remote_code)
+    settings = read_settings(folder, trust_remote_code)
+    kind, place = base.model.dtype, base.model.device
+    try:
+        found, _ = _read_model(folder, settings, kind, torch.device("cpu"), None, trust_remote_code)
+    except ModelError as error:
+        what = f"this base has no head that predicts words, through which general text could be read: {error.what}"
+        raise ModelError(
+            what, where="data.general", fix="drop data.general, or take a base with its pretrained head"
+        ) from None
+    setattr(found, found.base_model_prefix, backbone(base.model))
+    found.tie_weights()
+    _use_own_attention(found)
+    return found.requires_grad_(False).eval().to(place)
 
 
 def read_tokenizer(
@@ -206,19 +231,6 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
             where |= dict.fromkeys(opened.keys(), opened)
         for name, opened in sorted(where.items(), key=lambda item: item[0]):
             yield name, opened.get_tensor(name)
-
-
-def _refuse_quantize(quantize: str | None, device: torch.device) -> None:
-    if quantize is None:
-        return
-    if quantize not in ("4bit", "8bit"):
-        raise ModelError(f"there is no quantisation {quantize!r}", where="model.quantize", fix="use 4bit or 8bit")
-    if device.type != "cuda":
-        raise ModelError("quantising needs CUDA", where="model.quantize", fix="drop model.quantize on this machine")
-    if installed("bitsandbytes") is None:
-        raise ModelError(
-            "quantising needs bitsandbytes", where="model.quantize", fix="install it: pip install 'loralab[bnb]'"
-        )
 
 
 def read_settings(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

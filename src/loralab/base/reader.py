@@ -99,7 +99,21 @@ class Reader:
         Raises:
             DataError: a row does not fit the form; the number of the row is named.
         """
-        documents, keys = [], []
+        written = self.write(rows)
+        examples = encode([document for _, document in written], self.tokenizer)
+        kept = [(key, part) for (key, d), e in zip(written, examples, strict=True) for part in self._fit(e, d)]
+        self.report.examples += len(kept)
+        self.report.tokens += sum(len(example) for _, example in kept)
+        self.report.labelled += sum(example.num_labelled for _, example in kept)
+        return kept
+
+    def write(self, rows: Sequence[Row]) -> list[tuple[int, Document]]:
+        """Turn rows into (hash of the row, text), in order, and count them; a row may give none or several.
+
+        Raises:
+            DataError: a row does not fit the form; the number of the row is named.
+        """
+        found = []
         for row in rows:
             self.report.rows += 1
             where = f"{self.source.path}, row {self.report.rows}"
@@ -107,14 +121,8 @@ class Reader:
             for document in written:
                 refuse_half_characters(document.text, where)
             self.report.empty += not written
-            documents += written
-            keys += [row_key(row, self.form.columns)] * len(written)
-        examples = encode(documents, self.tokenizer)
-        kept = [(key, part) for key, d, e in zip(keys, documents, examples, strict=True) for part in self._fit(e, d)]
-        self.report.examples += len(kept)
-        self.report.tokens += sum(len(example) for _, example in kept)
-        self.report.labelled += sum(example.num_labelled for _, example in kept)
-        return kept
+            found += [(row_key(row, self.form.columns), document) for document in written]
+        return found
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:

@@ -56,9 +56,10 @@ def index(root: str | Path = "runs") -> pd.DataFrame:
     """Read every run folder below `root` into one table, a row per folder, sorted by folder.
 
     Learning is the fall of the target's validation loss from the base to the end, in nats per token; of a reward model, a
-    classifier or a policy what `learned_by` says. Forgetting is the rise of the general loss, in nats per token. The end is
-    the step of the weights that were kept. A state of `running` is shown only while a living process owns the folder, else it is
-    `interrupted`. A folder that cannot be read has the state `damaged`, with the reason in the last column.
+    classifier or a policy what `learned_by` says. Forgetting is the rise of the general loss (of an encoder, its pseudo-loss),
+    in nats per token. The end is the step of the weights that were kept. A state of `running` is shown only while a living
+    process owns the folder, else it is `interrupted`. A folder that cannot be read has the state `damaged`, with the reason in
+    the last column.
 
     Returns:
         A table with the columns `COLUMNS`; numbers that do not exist are NaN.
@@ -148,6 +149,8 @@ def _of_scores(folder: RunFolder, objective: str, delta_step: Any) -> dict[str, 
         scores = [score for score in scores if not isinstance(score.get("step"), int) or score["step"] <= delta_step]
     target_base, target_end = _ends(scores, "target/loss")
     general_base, general_end = _ends(scores, "general/loss")
+    if general_base is None:  # of an encoder
+        general_base, general_end = _ends(scores, "general/pseudo_loss")
     learning, learned_by = _difference(target_base, target_end), LOSS
     if objective in LEARNED_BY and objective != "text":
         learning, learned_by = _learned(scores, objective)

@@ -18,7 +18,12 @@ from loralab.lab.prepare import Prepared
 from loralab.run.folder import RunFolder, read_lines
 
 MEASURED = ("loss_sum", "right")
-CHANGES = {"loss": "loss_rise", "accuracy": "accuracy_change", "choice": "choice_change"}
+CHANGES = {
+    "loss": "loss_rise",
+    "pseudo_loss": "pseudo_loss_rise",
+    "accuracy": "accuracy_change",
+    "choice": "choice_change",
+}
 CHANGES |= {"reward": "reward_change", "held_out": "held_out_change"}
 """Which score is the paired change of which, by the last part of their names."""
 DISTANCES = ("drift", "spectrum", "intruders")

@@ -1,21 +1,24 @@
 """From the spec of a classifier or a reward model to its objects: labelled rows, a head, and what trains it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
+from loralab.base.corpus import Corpus
 from loralab.base.data import Feed
 from loralab.base.labelled import Labelled, LabelledCorpus, collate_labelled, read_labelled
-from loralab.base.model import POOLER, Base, longest_text, read_tokenizer
+from loralab.base.model import POOLER, Base, longest_text, read_tokenizer, with_words
 from loralab.base.repeated import repeated, with_repeated
 from loralab.base.targets import linears
 from loralab.errors import DataError, LoralabError, ModelError, SpecError
 from loralab.evals.probe import PACKED_TOKENS, Probe
 from loralab.evals.scored import ScoreProbe
+from loralab.lab.general import MaskedCorpus, general_probes, read_general
 from loralab.lab.prepare import (
     Prepared,
     attach,
@@ -49,25 +52,26 @@ PEFT_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Labelled rows of a run."""
+    """Labelled rows of a run, and the general text on which forgetting is watched."""
 
     feed: Feed
     train: LabelledCorpus
     validation: LabelledCorpus | None
+    general: Corpus | MaskedCorpus | None = None
     deltas: dict[str, str] = field(default_factory=dict)
     """Deltas that the run reads, by what they are to it."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Name what the run reads by content."""
-        corpora = {"train": self.train, "validation": self.validation}
+        corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         found = {name: corpus.fingerprint for name, corpus in corpora.items() if corpus is not None and len(corpus)}
         return found | self.deltas
 
     @property
     def report(self) -> dict[str, Any]:
         """Count what became of every row."""
-        corpora = {"train": self.train, "validation": self.validation}
+        corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         found = {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
         return found if self.validation is None else with_repeated(found, repeated(self.train, self.validation))
 
@@ -104,10 +108,15 @@ def prepare_scored(spec: RunSpec, objective: ClassifySpec | RewardSpec) -> Prepa
     )
     total = steps_over(spec, feed)
     refuse_short(spec, total)
+    language = _language(spec, scoring) if spec.data.general else None
     method, attachment = attach(spec.model_copy(update={"method": _with_whole(spec.method, scoring)}), scoring.base)
     centre = objective.centre if isinstance(objective, RewardSpec) else 0.0
-    data = LabelledData(feed, train, validation, start_of(spec))
+    data = LabelledData(feed, train, validation, deltas=start_of(spec))
     probes, best = _watched(spec, data, scoring, centre)
+    if language is not None:
+        general = read_general(spec, scoring.base, language)
+        data = replace(data, general=general)
+        probes += general_probes(spec.probes, general, language, scoring.base, method.without)
     trained = _objective(train, feed, scoring.head, centre)
     return Prepared(scoring.base, data, method, attachment, trained, probes, None, total, best)
 
@@ -115,7 +124,6 @@ def prepare_scored(spec: RunSpec, objective: ClassifySpec | RewardSpec) -> Prepa
 def _refuse_what_means_nothing(spec: RunSpec) -> None:
     """Refuse what only training on text can do."""
     given = {
-        "data.general": bool(spec.data.general),
         "data.streaming": spec.data.streaming,
         "probes.target": bool(spec.probes.target),
         "probes.source": bool(spec.probes.source),
@@ -124,6 +132,10 @@ def _refuse_what_means_nothing(spec: RunSpec) -> None:
     fix = "drop it, or train on text"
     found = [key for key, is_given in given.items() if is_given]
     problems = [LoralabError(f"{key} means nothing here: {why}", where=key, fix=fix) for key in found]
+    if spec.data.general and (spec.model.quantize or spec.model.random_init):
+        key = "model.quantize" if spec.model.quantize else "model.random_init"
+        what = f"with {key} there is no pretrained head at hand through which general text could be read"
+        problems.append(LoralabError(what, where="data.general", fix=f"drop data.general or {key}"))
     if problems:
         raise SpecError(problems)
 
@@ -190,6 +202,13 @@ def _with_words(spec: RunSpec, words: Sequence[str], train: LabelledCorpus) -> _
         fix = "drop objective.words: a head of its own reads texts one by one"
         raise ModelError(what, where="objective.words", fix=fix)
     return _Scoring(base, WordHead(head), partial(collate_words, words=tokens, stop=base.tokenizer.eos_token_id))
+
+
+def _language(spec: RunSpec, scoring: _Scoring) -> PreTrainedModel:
+    """Give the language model that shows what the backbone knows of text; one that answers with words is that itself."""
+    if isinstance(scoring.head, WordHead):
+        return scoring.base.model
+    return with_words(scoring.base, spec.model.trust_remote_code)
 
 
 def _with_whole(method: MethodSpec, scoring: _Scoring) -> MethodSpec:

@@ -88,12 +88,13 @@ TITLES = {
     "accuracy": ("share answered right", SHARE),
     "choice": ("share right by multiple choice", SHARE),
     "loss": ("loss on held-out data", NATS),
+    "pseudo_loss": ("loss of tokens that are masked one at a time", NATS),
 }
 """What levels say, by the last part of their names, and their units."""
 ROLE_ORDER = ("target", "source", "general", "drift")
 ELSEWHERE = ("spectrum", "intruders", "policy")
 """Roles of scores that have figures of their own: they look at weights, or at what a policy writes."""
-NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "top1_flips", "target_top1_flips")
+NO_LEVELS = ("accuracy_change", "choice_change", "loss_rise", "pseudo_loss_rise", "top1_flips", "target_top1_flips")
 """Changes are seen in their levels, flips in the KL."""
 
 
@@ -125,6 +126,8 @@ def _probe_curve(comparison: Comparison, prefix: str, name: str, place: "Place",
         title, unit = "Drift from the base: KL(base‖tuned)", NATS
     elif name == "general/loss":
         title = "Old skills: loss on general text"
+    elif name == "general/pseudo_loss":
+        title = "Old skills: loss on general text, of tokens that are masked one at a time"
     elif role in ("target", "source"):
         of_what = f" {skill}" if skill else f" {comparison.name}" if role == "target" else "s"
         title = f"{'New task' if role == 'target' else 'Old skill'}{of_what}: {said}"

@@ -54,6 +54,7 @@ FORGETTING = (
     Side("source/accuracy", "source/accuracy_change", -1, SHARE, "answered right", "right answers"),
     Side("source/choice", "source/choice_change", -1, SHARE, "right by multiple choice", "multiple choice"),
     Side("general/loss", "general/loss_rise", 1, NATS, "loss", "loss"),
+    Side("general/pseudo_loss", "general/pseudo_loss_rise", 1, NATS, "pseudo-loss", "pseudo-loss"),
 )
 RANKED = Side(
     *("target/auc", "target/auc_over_chance", 1, AREA, "area under the ROC curve", "ranking"),
