@@ -237,7 +237,7 @@ def test_quantising_needs_cuda_and_bitsandbytes(folder, monkeypatch):
         load(str(folder), device="cpu", quantize="3bit")
     monkeypatch.setattr("loralab.base.model.choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("loralab.base.model.choose_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr("loralab.base.model.installed", lambda _: None)
+    monkeypatch.setattr("loralab.base.device.installed", lambda _: None)
     with pytest.raises(ModelError, match="needs bitsandbytes"):
         load(str(folder), quantize="4bit")
 

@@ -108,7 +108,9 @@ class DataSpec(Strict):
     validation_share: Share = 0.02
     """Share of the training rows held out (by hash of the row) if `validation` is not given."""
     general: list[SourceSpec] | None = None
-    """Text on which forgetting is watched during training; None watches drift on the validation rows only."""
+    """Text on which forgetting is watched during training; None watches drift on the validation rows only. A classifier or a
+    reward model reads it through the pretrained head of the same files: a decoder's loss, an encoder's pseudo-loss.
+    """
     form: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
     template: TemplateSpec | None = None
     chat_template: str | None = None
