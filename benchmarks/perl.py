@@ -281,14 +281,20 @@ def _on_the_same_rows(
         return {name: "–"}
     found = []
     for seed in seeds:
-        mine, theirs = (
-            pd.read_parquet(results[key, seed].folder.path / "items.parquet").set_index("item")
-            for key in (arm, yardstick)
-        )
+        mine, theirs = (_judged_rows(results[key, seed]) for key in (arm, yardstick))
         rewards = mine["reward"].to_numpy(), theirs["reward"].reindex(mine.index).to_numpy()
         found.append(areas_apart(*rewards, mine["label"].to_numpy() > 0))
-    mean, error = np.mean([each for each in found if each is not None], axis=0)
+    known = [each for each in found if each is not None and each[1] is not None]
+    if not known:
+        return {name: "–"}
+    mean, error = np.mean(known, axis=0)
     return {name: f"{mean:.4g} ± {1.96 * error:.2g}"}
+
+
+def _judged_rows(result: Result) -> pd.DataFrame:
+    """Read what was said of each held-out row, by its number."""
+    rows = pd.read_parquet(result.folder.path / "items.parquet")
+    return rows[rows["probe"] == "target"].set_index("item")
 
 
 def _values(name: str, arm: str, seeds: Sequence[int], results: dict[tuple[str, int], Result]) -> Iterator[float]:

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from loralab.delta.linear import LowRankEmbedding, LowRankLinear, Pair
+from loralab.delta.linear import LowRankEmbedding, LowRankLinear, Pair, _kept, _rescaled
 
 
 def layer_of(base: nn.Module, ranks: list[int], *, dtype: torch.dtype, dropout: float = 0.0) -> LowRankLinear:
@@ -198,3 +198,13 @@ def test_a_frozen_factor_keeps_nothing(trains: str, kept: int) -> None:
     pair.B.requires_grad_("B" in trains)
     x = torch.randn(32, 6, requires_grad=True)
     assert saved_bytes(lambda: layer(x), but=tuple(layer.parameters())) == 32 * kept * 4
+
+
+@pytest.mark.parametrize("dropout", [1e-7, 0.01, 0.5, 0.9999, 0.999999])
+def test_dropout_keeps_the_mean_at_every_share(dropout: float) -> None:
+    kept = _kept(500, 1000, dropout, 3, torch.device("cpu"))
+    share = 1.0 if kept is None else float(kept.double().mean())
+    expected = 1 / _rescaled(1.0, dropout)
+    assert expected == pytest.approx(1 - dropout, abs=2**-16)
+    assert abs(share - expected) < 5 * (expected * (1 - expected) / 500_000) ** 0.5 + 1e-9
+    assert kept is None or torch.equal(kept, _kept(500, 1000, dropout, 3, torch.device("cpu")))

@@ -1,11 +1,12 @@
 """Answers that a server writes in the policy's name: what it is handed, what comes back, and what is refused."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from enumerated_policy import ANSWERS, PROMPT, REWARDS, World, opposite, same
+from enumerated_policy import ANSWERS, PROMPT, REWARDS, World, opposite, same, two_prompts
 
 from little_world import loralab, make_base, overrides, rows, same_bits, stop_at, write_rows
 from loralab.base.model import Base, load
@@ -124,6 +125,70 @@ def test_what_a_server_refuses_is_said_with_what_to_do(policy, served):
         Server(url).complete(model="nobody", prompt=[1], max_tokens=1, temperature=1.0)
 
 
+def test_a_stop_text_ends_an_answer_and_is_cut_off(policy, served):
+    url, _ = served
+    found, _ = policy
+    (written,) = writer_of(policy, url).write(prompts(found, 20))
+    plain, whole = max(
+        zip(prompts(found, 20), (group[0].text for group in written), strict=True), key=lambda pair: len(pair[1])
+    )
+    stop = whole[-1]
+    asked = Prompt(plain.tokens, plain.text, plain.limit, (stop,))
+    mine = Writer(found.model, found.tokenizer).write([asked], sampling=Sampling())[0]
+    theirs = writer_of(policy, url).write([asked])[0]
+    assert [(a.tokens, a.text, a.ended) for a in theirs[0]] == [(a.tokens, a.text, a.ended) for a in mine[0]]
+    assert theirs[0][0].ended == "text" and stop not in theirs[0][0].text
+
+
+ANSWERED = {"index": 0, "finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        [],
+        "busy",
+        {"choices": [{}]},
+        {"choices": [ANSWERED | {"finish_reason": "abort"}]},
+        {"choices": [ANSWERED | {"logprobs": None}]},
+        {"choices": [ANSWERED | {"token_ids": [5, 6]}]},
+        {"choices": [ANSWERED | {"token_ids": None}]},
+        {"choices": [ANSWERED, ANSWERED]},
+    ],
+)
+def test_replies_of_another_shape_are_clear_errors(policy, served, reply):
+    url, stand = served
+    stand.instead["/v1/completions"] = reply
+    with pytest.raises(EvaluationError) as refused:
+        writer_of(policy, url).write(prompts(policy[0])[:1])
+    assert refused.value.where and refused.value.fix and not stand.served
+    stand.instead = {"/v1/completions": {"choices": [ANSWERED]}}
+    assert writer_of(policy, url).write(prompts(policy[0])[:1])[0][0][0].tokens == [5]
+
+
+def test_a_server_that_falls_silent_is_waited_for_once(policy, served, monkeypatch):
+    url, stand = served
+    monkeypatch.setattr("loralab.evals.served.AT_ONCE", 2)
+    found, method = policy
+    writer = ServedWriter(Server(url, timeout=0.5), method.save, found.model, found.tokenizer)
+    stand.instead["/v1/completions"] = None
+    begin = time.monotonic()
+    with pytest.raises(EvaluationError, match="no answer"):
+        writer.write(prompts(found)[:1] * 40)
+    assert time.monotonic() - begin < 8, "forty prompts, two at a time, would take ten seconds"
+    with pytest.raises(EvaluationError, match="no answer"):
+        Server("http://[").base()
+
+
+def test_a_folder_that_the_server_cannot_see_is_no_missing_route(policy, served):
+    url, stand = served
+    stand.refuses = (404, {"error": {"message": "Loading lora x failed: No adapter found for /tmp/x"}})
+    with pytest.raises(EvaluationError, match="No adapter found") as refused:
+        writer_of(policy, url).check(prompts(policy[0])[0], WARM)
+    assert "TMPDIR" in str(refused.value)
+
+
 def test_a_server_with_a_key_is_asked_with_it(policy, served, monkeypatch):
     url, stand = served
     stand.key = "sesame"
@@ -206,6 +271,7 @@ def test_a_server_with_another_base_is_found_out(tmp_path, base):
         ({"objective.server": "http://127.0.0.1:9"}, "no answer"),
         ({"objective.server": "localhost:8000"}, "objective.server"),
         ({"method": "{name: full}"}, "no adapter that a server could be handed"),
+        ({"objective.top_p": 0.9}, "cannot be weighed as if the policy had written them"),
     ],
 )
 def test_bad_servers_are_clear_errors(tmp_path, base, served, capsys, keys, said):
@@ -245,6 +311,21 @@ def test_answers_of_a_stand_in_climb_j_without_bias(algorithm, samples, beta, kl
     given = {"algorithm": algorithm, "beta": beta, "kl": kl}
     found = world.mean_gradient(samples, drawn_at=1.3, **given)
     same(found, opposite(world.exact(beta, 1.0)))
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "grpo"])
+def test_micro_batches_of_a_stand_ins_answers_are_one_batch(algorithm):
+    world = World()
+    with torch.no_grad():
+        told = [[(world.of(answer, 1.3)).tolist() for answer in r.answers] for r in two_prompts()]
+    rollouts = [
+        Rollout(r.prompt, r.answers, r.rewards, log_probs=each) for r, each in zip(two_prompts(), told, strict=True)
+    ]
+    given = {"algorithm": algorithm, "beta": 0.2}
+    whole = world.gradient(world.objective(rollouts, **given))
+    same(world.gradient(world.objective(rollouts, micro_batch=1, **given)), whole)
+    plain = world.gradient(world.objective(two_prompts(), **given))
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, plain, strict=True)) > 1e-3, "weights count"
 
 
 def test_the_weight_of_an_answer_is_its_ratio_up_to_a_limit():

@@ -112,21 +112,33 @@ class LowRankEmbedding(LowRankModule):
         return rows + (F.linear(h, B) * gain).to(rows.dtype)
 
 
-def _kept(tokens: int, inputs: int, dropout: float, seed: int, device: torch.device) -> Tensor | None:
-    """Draw which of tokens × inputs stay, each with probability 1 - `dropout` (to 2⁻¹⁶): the same for a seed. None is all.
+def _limit(dropout: float) -> int:
+    """Give the share that is dropped in units of 2⁻¹⁶; some always stays."""
+    return min(round(dropout * 2**16), 2**16 - 1)
 
-    Sixteen random bits an entry are compared with the limit, several times faster on a CPU than a random float for each.
+
+def _kept(tokens: int, inputs: int, dropout: float, seed: int, device: torch.device) -> Tensor | None:
+    """Draw which of tokens × inputs stay: the same for a seed. None is all.
+
+    On a CPU sixteen random bits an entry are compared with the limit, several times faster than a random float for each.
     """
-    if not dropout:
+    if not (limit := _limit(dropout)):
         return None
     count, generator = tokens * inputs, torch.Generator(device).manual_seed(seed)
-    words = torch.empty(count // 4 + 1, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:count].view(tokens, inputs) >= round(dropout * 2**16) - 2**15
+    if device.type != "cpu":
+        return torch.rand(tokens, inputs, device=device, generator=generator) >= limit / 2**16
+    words = torch.empty(count // 4 + 1, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:count].view(tokens, inputs) >= limit - 2**15
 
 
 def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
-    """Zero the other entries; whoever multiplies by the scale divides by the share that is kept."""
+    """Zero the other entries; `_rescaled` makes up for them."""
     return x if kept is None else torch.where(kept, x, 0)
+
+
+def _rescaled(scale: float, dropout: float) -> float:
+    """Divide the scale by the share that is kept."""
+    return scale / (1 - _limit(dropout) / 2**16)
 
 
 def _compute_forward(
@@ -135,7 +147,7 @@ def _compute_forward(
     """Compute y (tokens, out) and h (tokens, rank) for x (tokens, in)."""
     y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     kept = _kept(len(x), x.shape[1], dropout, seed, x.device)
-    h = torch.mm(_dropped(x, kept), A.to(x.dtype).t()).mul_(scale / (1 - dropout))
+    h = torch.mm(_dropped(x, kept), A.to(x.dtype).t()).mul_(_rescaled(scale, dropout))
     y.addmm_(h, B.to(x.dtype).t())
     return y, h
 
@@ -187,7 +199,7 @@ class _LowRankLinear(torch.autograd.Function):
         if needs_B:
             dB = torch.mm(dy.t(), h).to(B.dtype)
         if needs_A or needs_x:
-            dh = torch.mm(dy, B.to(dy.dtype)).mul_(ctx.scale / (1 - ctx.dropout))
+            dh = torch.mm(dy, B.to(dy.dtype)).mul_(_rescaled(ctx.scale, ctx.dropout))
             kept = _kept(len(dy), A.shape[1], ctx.dropout, ctx.seed, dy.device)
         if needs_A:
             dA = torch.mm(dh.t(), _dropped(x, kept)).to(A.dtype)

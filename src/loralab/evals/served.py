@@ -15,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralab.errors import EvaluationError
 from loralab.evals.generate import stop_tokens
 from loralab.evals.sampling import Sampling
-from loralab.evals.written import Answer, Ended, Prompt, cut, text_behind
+from loralab.evals.written import Answer, Ended, Prompt, Stops, cut, text_behind
 
 TIMEOUT_S = 600.0
 """Longest wait for one prompt's answers."""
@@ -38,7 +39,21 @@ where log-probabilities are of what is drawn.
 """
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 """Said with every request: left out, a server takes them from the model's own generation settings."""
+GOODBYE_S = 10.0
+"""Longest wait for a server to give up an adapter."""
 _ALLOW = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment and --enable-lora"
+_SEE = "see what the server printed; it must see, and may read, this machine's temporary folder (TMPDIR)"
+_DIRECT = build_opener(ProxyHandler({}))
+"""Opens addresses without the proxies of the environment: servers are near."""
+
+
+class Choice(NamedTuple):
+    """An answer as a server gives it: tokens, what they were drawn with, how it ended, the likeliest first token's log p."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    ended: Ended
+    likeliest: float
 
 
 class Server:
@@ -55,7 +70,8 @@ class Server:
     def base(self) -> str:
         """Give the name under which the base is served. Raises EvaluationError where nothing is."""
         found = self._call("/v1/models")
-        bases = [model["id"] for model in found.get("data", []) if not model.get("parent")]
+        with self._understood():
+            bases = [model["id"] for model in found["data"] if not model.get("parent")]
         if not bases:
             raise EvaluationError("the server serves no model", where=self.url, fix="start it with the run's base")
         return str(bases[0])
@@ -66,26 +82,36 @@ class Server:
 
     def unload(self, name: str) -> None:
         """Give a name up."""
-        self._call("/v1/unload_lora_adapter", {"lora_name": name})
+        self._call("/v1/unload_lora_adapter", {"lora_name": name}, min(self.timeout, GOODBYE_S))
 
-    def complete(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Have one prompt continued; a dictionary for each answer, in order."""
-        choices: list[dict[str, Any]] = self._call("/v1/completions", NEUTRAL | wanted)["choices"]
-        return sorted(choices, key=lambda choice: int(choice["index"]))
+    def complete(self, **wanted: Any) -> list[Choice]:
+        """Have one prompt continued; a choice for each answer, in order."""
+        found = self._call("/v1/completions", NEUTRAL | wanted)
+        with self._understood():
+            return [_choice(each) for each in sorted(found["choices"], key=lambda each: int(each["index"]))]
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Refuse a reply of another shape."""
+        try:
+            yield
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            what = f"the server's reply cannot be understood: {type(error).__name__} {error}"
+            fix = "take a vLLM server that knows `return_token_ids` and gives log-probabilities"
+            raise EvaluationError(what, where=self.url, fix=fix) from None
+
+    def _call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        request = Request(self.url + path, data, headers)
         try:
-            with urlopen(request, timeout=self.timeout) as response:
+            with _DIRECT.open(Request(self.url + path, data, headers), timeout=timeout or self.timeout) as response:
                 text = response.read().decode()
         except HTTPError as error:
-            missing = error.code == 404 and path.endswith("load_lora_adapter")
-            fix = _ALLOW if missing else "see what the server printed; a resumed run goes on from its last checkpoint"
-            raise EvaluationError(f"the server refuses: {_said(error)}", where=self.url + path, fix=fix) from None
+            said = _said(error)
+            fix = _ALLOW if "load_lora_adapter" in path and said.endswith("Not Found") else _SEE
+            raise EvaluationError(f"the server refuses: {said}", where=self.url + path, fix=fix) from None
         except (URLError, TimeoutError, HTTPException, OSError, ValueError) as error:
             fix = (
                 "start the server as objective.server says, or drop it; a resumed run goes on from its last checkpoint"
@@ -99,10 +125,22 @@ class Server:
 
 def _said(error: HTTPError) -> str:
     """Give what a server says of a request that it refuses."""
-    text = error.read().decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
-        return f"{error.code}, {json.loads(text)['error']['message']}"
+    with suppress(ValueError, KeyError, TypeError, OSError, HTTPException):
+        return f"{error.code}, {json.loads(error.read().decode(errors='replace'))['error']['message']}"
     return f"{error.code} {error.reason}"
+
+
+def _choice(found: dict[str, Any]) -> Choice:
+    """Read one answer of a reply; raises ValueError and its like where it is not whole."""
+    told, tops = found["logprobs"]["token_logprobs"], found["logprobs"].get("top_logprobs") or [{}]
+    tokens = found.get("token_ids") or []
+    if found["finish_reason"] not in ("stop", "length"):
+        raise ValueError(f"finish_reason {found['finish_reason']!r}")
+    if None in told or (tokens and len(tokens) != len(told)):
+        raise ValueError(f"{len(tokens)} token_ids, {len(told)} token_logprobs")
+    by_text = isinstance(found.get("stop_reason"), str)
+    ended: Ended = "limit" if found["finish_reason"] == "length" else "text" if by_text else "stop"
+    return Choice(tokens, [float(each) for each in told], ended, max((tops[0] or {}).values(), default=-inf))
 
 
 class ServedWriter:
@@ -122,23 +160,23 @@ class ServedWriter:
         self, server: Server, save: Callable[[Path], None], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.server, self.save, self.tokenizer = server, save, tokenizer
-        self.stops = stop_tokens(model, tokenizer)
+        self.stops = Stops(stop_tokens(model, tokenizer), tokenizer)
 
     def check(self, prompt: Prompt, sampling: Sampling) -> None:
         """Prove on a prompt that the server loads adapters and says what it draws with.
 
         Raises:
-            EvaluationError: it cannot be reached, does not load adapters, or gives log-probabilities before temperature.
+            EvaluationError: it cannot be reached, does not load adapters, or tells log-probabilities from before temperature.
         """
         with self._adapter():
             pass
-        if sampling.temperature == 1 and sampling.top_p == 1:
+        if sampling.temperature == 1:
             return
         ask = partial(self.server.complete, model=self.server.base(), prompt=prompt.tokens, max_tokens=1, logprobs=1)
-        plain, flat = (max(ask(temperature=t)[0]["logprobs"]["top_logprobs"][0].values()) for t in (1.0, HOT))
-        if plain - flat < APART:
-            what = "the server gives log-probabilities as they are before temperature and top-p"
-            fix = "start it with --logprobs-mode processed_logprobs, or sample with objective.temperature=1 and objective.top_p=1"
+        plain, flat = (ask(temperature=heat, top_p=1.0, top_k=0)[0].likeliest for heat in (1.0, HOT))
+        if not plain - flat >= APART:
+            what = "the server gives log-probabilities as they are before temperature"
+            fix = "start it with --logprobs-mode processed_logprobs, or sample with objective.temperature=1"
             raise EvaluationError(what, where=self.server.url, fix=fix)
 
     def write(
@@ -161,7 +199,11 @@ class ServedWriter:
                 pool.submit(self._answers, name, prompt, sampling, samples, number)
                 for number, prompt in enumerate(prompts)
             ]
-            return [[job.result() for job in jobs]]
+            try:
+                return [[job.result() for job in jobs]]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # those that wait their turn need not fail one by one
+                raise
 
     @contextmanager
     def _adapter(self) -> Iterator[str]:
@@ -187,25 +229,16 @@ class ServedWriter:
             top_k=sampling.top_k,
             seed=sampling.stream(number, 0) & ((1 << 62) - 1),  # the server counts on from it
             stop=[text for text in prompt.stop_texts if text],
-            stop_token_ids=self.stops,
+            stop_token_ids=sorted(self.stops.tokens_of(prompt)),
             include_stop_str_in_output=True,
             logprobs=0,
             return_token_ids=True,
         )
-        if len(found) != samples:
-            raise EvaluationError(f"{len(found)} answers where {samples} were asked for", where=self.server.url)
+        if len(found) != samples or not all(choice.tokens for choice in found):
+            what = f"the server gives {sum(bool(choice.tokens) for choice in found)} answers where {samples} were asked for"
+            raise EvaluationError(what, where=self.server.url, fix="take a vLLM that knows `return_token_ids`")
         return [self._answer(prompt, choice) for choice in found]
 
-    def _answer(self, prompt: Prompt, choice: dict[str, Any]) -> Answer:
-        tokens, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not tokens or not log_probs or len(tokens) != len(log_probs) or None in log_probs:
-            what = "the server does not give the tokens of an answer with their log-probabilities"
-            raise EvaluationError(what, where=self.server.url, fix="take a vLLM that knows `return_token_ids`")
-        text = cut(text_behind(prompt, tokens, self.tokenizer), prompt.stop_texts)
-        return Answer(tokens, text, _ended(choice), log_probs)
-
-
-def _ended(choice: dict[str, Any]) -> Ended:
-    if choice["finish_reason"] == "length":
-        return "limit"
-    return "text" if isinstance(choice.get("stop_reason"), str) else "stop"
+    def _answer(self, prompt: Prompt, choice: Choice) -> Answer:
+        text = cut(text_behind(prompt, choice.tokens, self.tokenizer), prompt.stop_texts)
+        return Answer(choice.tokens, text, choice.ended, choice.log_probs)

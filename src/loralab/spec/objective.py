@@ -97,8 +97,9 @@ class PolicySpec(Strict):
     has that of the KL (DeepSeek-V3.2, 2512.02556; TRL's `use_bias_correction_kl`).
     """
     server: Annotated[str, Field(pattern=r"^https?://.")] | None = None
-    """URL of a vLLM server that writes the answers which are trained on; None writes them here. Before each batch
-    it is handed the adapter as files, so it must see this machine's temporary folder. Start it on the run's base with
+    """URL of a vLLM server that writes the answers which are trained on; None writes them here. Before each batch it is
+    handed the adapter as files, so it must see, and may read, this machine's temporary folder (TMPDIR). Start it on the run's
+    base with
     `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK --logprobs-mode processed_logprobs`.
     Each answer's loss is weighed by what policy and server say of it. Resumed runs are then not the same bit by bit.
     """
@@ -139,6 +140,9 @@ class PolicySpec(Strict):
         if self.kl == "unbiased" and self.top_p < 1:
             what = "answers cut to the likeliest tokens are not drawn from the policy whose KL is estimated"
             raise contradiction("objective.kl", what, "set objective.top_p=1, or drop objective.kl")
+        if self.server is not None and self.top_p < 1:
+            what = "answers cut to the likeliest tokens cannot be weighed as if the policy had written them"
+            raise contradiction("objective.server", what, "set objective.top_p=1, or drop objective.server")
         if self.patience is not None and not self.held_out:
             what = "nothing is held out that could fail to rise"
             raise contradiction("objective.patience", what, "name objective.held_out, or drop objective.patience")

@@ -126,7 +126,7 @@ def answer_weights(
     """Weigh answers that a stand-in μ wrote as if the policy had: w = π(answer)/μ(answer), at most `HEAVIEST`.
 
     Paper: truncated importance sampling, Ionides 2008; TRL corrects what vLLM writes by the same ratio of a whole answer, and drops
-    answers where this cuts. Below the limit, E_μ[w f] = E_π[f], so the gradient of J stays unbiased.
+    answers where this cuts. Where nothing is cut E_μ[w f] = E_π[f], and the gradient of J stays unbiased.
 
     Args:
         log_probs: log π of the written tokens, without gradient.

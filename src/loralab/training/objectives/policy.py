@@ -335,7 +335,9 @@ class PolicyObjective:
         if "drawn" in joint:
             apart = estimators.kl_per_token(joint["drawn"], joint["old"])
             weights = estimators.answer_weights(joint["old"], joint["drawn"], joint["tails"].tolist())
+            cut = (weights == estimators.HEAVIEST).double()
             found |= {"stand_in_kl_per_token": float(apart.mean()), "stand_in_weight": float(weights.mean())}
+            found["stand_in_cut"] = float(cut.mean())
         if "ratio" in joint:
             found |= {"clipped": float(joint["held"].mean()), "ratio_max": float(joint["ratio"].max())}
         return found
