@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_scored_runs import judged, make_encoder
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 import loralab as loralab_api
-from little_world import loralab, make_base, rows, write_rows
+from little_world import loralab, make_base, rows, same_bits, stop_at, write_rows
 from loralab.base.model import load, with_words
 from loralab.delta.store import load_lowrank
-from loralab.errors import LoralabError
+from loralab.errors import Interrupted, LoralabError
 from loralab.lab.experiment import train
 from loralab.lab.general import PREDICTED
 from loralab.lab.index import index
@@ -92,8 +93,6 @@ def tuned(auto: Any, world: Path, base: str, run: Result, method: str) -> nn.Mod
 
 
 def auto_scores(run: Result) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(run.folder.delta / "model.safetensors")
 
 
@@ -156,8 +155,58 @@ def test_an_encoder_predicts_tokens_that_are_masked_one_at_a_time(world, tmp_pat
 def test_what_an_encoder_computes_stays_within_the_budget(world, tmp_path):
     run = train(spec(world, "bert", probes__tokens=300, train__steps=1), tmp_path)
     lengths = [len(text) + 2 for text in TEXTS]
-    assert sum(lengths) * PREDICTED > 300
-    assert 1 <= run.after["general/pseudo_loss"].n < len(TEXTS)
+    each = 300 // sum(lengths)
+    assert 1 < each < PREDICTED, "there are few texts, so fewer tokens of each are predicted"
+    assert run.after["general/pseudo_loss"].n == len(TEXTS)
+    tight = train(spec(world, "bert", probes__tokens=2 * max(lengths), train__steps=1), tmp_path)
+    assert tight.after["general/pseudo_loss"].n in (2, 3)
+
+
+def test_being_watched_changes_nothing_of_training(world, tmp_path):
+    """Dropout stays on after an evaluation: the shared backbone is left in training mode."""
+    keys = {"method__dropout": 0.3, "probes__spectra": False, "probes__every": 2, "train__steps": 5}
+    for base in ("llama", "bert"):
+        watched = train(spec(world, base, **keys), tmp_path / "watched")
+        alone = train(spec(world, base, **keys, data__general=None), tmp_path / "alone")
+        mine, theirs = (load_lowrank(run.folder.delta) for run in (watched, alone))
+        assert all(torch.equal(mine[name].B, theirs[name].B) and mine[name].B.any() for name in theirs)
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bits(world, tmp_path):
+    keys = {"method__dropout": 0.3, "probes__spectra": False, "probes__every": 2, "checkpoints__every": 2}
+    chosen = spec(world, "bert", **keys)
+    whole = train(chosen, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(chosen, tmp_path / "stopped", display=stop_at(3))
+    again = train(chosen, tmp_path / "stopped")
+    same_bits(again.folder.path, whole.folder.path)
+
+
+def test_a_head_that_was_parted_from_its_embeddings_stays_so(world, tmp_path):
+    shutil.copytree(world / "tied", tmp_path / "parted")
+    model = AutoModelForCausalLM.from_pretrained(world / "tied", dtype=torch.float32)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0) * 3
+    save_file(weights, tmp_path / "parted" / "model.safetensors", metadata={"format": "pt"})
+    pristine = AutoModelForCausalLM.from_pretrained(tmp_path / "parted", dtype=torch.float32).eval()
+    language = with_words(load(str(tmp_path / "parted"), device="cpu", dtype="float32", outputs=1))
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        found, expected = (one(input_ids=tokens).logits for one in (language, pristine))
+        other = model.eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected)
+    assert (expected - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("named", [None, ["BertForPreTraining"]])
+def test_an_encoder_is_known_by_its_family_where_its_files_name_no_task(world, tmp_path, named):
+    shutil.copytree(world / "bert", tmp_path / "bert")
+    facts = json.loads((tmp_path / "bert" / "config.json").read_text())
+    facts.pop("architectures")
+    facts |= {} if named is None else {"architectures": named}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(facts))
+    language = with_words(load(str(tmp_path / "bert"), device="cpu", dtype="float32", outputs=1))
+    assert type(language).__name__ == "BertForMaskedLM"
 
 
 def test_the_language_model_holds_its_head_and_nothing_else(world):
@@ -189,7 +238,7 @@ def test_forgetting_stands_in_the_index_and_on_the_page(world, tmp_path):
     steps = [line["step"] for line in read_lines(run.folder.scores) if line["name"] == "general/pseudo_loss_rise"]
     assert steps == [0, 4, 8]
     environment = json.loads(run.folder.environment.read_text(encoding="utf-8"))
-    assert "general" in json.dumps(environment)
+    assert len(environment["inputs"]["data"]["general"]) == 64
 
 
 def test_bases_without_what_it_takes_are_refused(world, tmp_path, capsys):
@@ -200,6 +249,9 @@ def test_bases_without_what_it_takes_are_refused(world, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "maskless")
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "maskless")
+    write_rows(tmp_path / "empty.jsonl", [{"text": ""}, {"text": " "}])
+    with pytest.raises(LoralabError, match="nothing to learn") as caught:
+        train(spec(world, "bert", data__general=str(tmp_path / "empty.jsonl")), tmp_path / "runs")
     for base, message in (("headless", "no head that predicts words"), ("maskless", "no mask token")):
         with pytest.raises(LoralabError, match=message) as caught:
             train(spec(world, base, model__path=str(tmp_path / base)), tmp_path / "runs")

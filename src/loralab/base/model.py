@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from loralab.base.attention import NAME
@@ -134,8 +135,8 @@ def load(
 def with_words(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
     """Give the language model whose backbone a model of scores wears: the head of the same files that predicts words, around it.
 
-    What moves the backbone moves both. Only the head is held besides; where it is tied to the embeddings, it is those of the
-    backbone.
+    What moves the backbone moves both. Only the head is held besides; where it is tied to the embeddings, it is their table in
+    the backbone, which moves where it is trained itself and stays where a pair lies on it.
 
     Raises:
         ModelError: the files hold no such head.
@@ -151,7 +152,9 @@ def with_words(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
             what, where="data.general", fix="drop data.general, or take a base with its pretrained head"
         ) from None
     setattr(found, found.base_model_prefix, backbone(base.model))
-    found.tie_weights()
+    found.tie_weights(
+        recompute_mapping=False
+    )  # what the files hold twice, and different, was parted when they were read
     _use_own_attention(found)
     return found.requires_grad_(False).eval().to(place)
 
@@ -297,7 +300,12 @@ def _tokenizer(folder: Path, trust_remote_code: bool, needed: bool) -> PreTraine
 def _auto_class(settings: PreTrainedConfig, scoring: bool) -> Any:
     if scoring:
         return AutoModelForSequenceClassification
-    masked = any(name.endswith("ForMaskedLM") for name in settings.architectures or ())
+    names, family = settings.architectures or (), settings.model_type
+    masked = any(name.endswith("ForMaskedLM") for name in names)
+    if not masked and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        # Files of encoders may name another task than this, or none; read as decoders they would see what they predict.
+        one_way = getattr(settings, "is_decoder", False) or getattr(settings, "is_encoder_decoder", False)
+        masked = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not one_way
     return AutoModelForMaskedLM if masked else AutoModelForCausalLM
 
 

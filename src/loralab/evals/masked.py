@@ -48,6 +48,8 @@ def masked_texts(
     if longest <= tokenizer.num_special_tokens_to_add():
         what = f"{longest} tokens leave no room beside {tokenizer.num_special_tokens_to_add()} special ones"
         raise DataError(what, where="data.max_length", fix="raise it")
+    if not texts:
+        return []
     found = tokenizer(
         list(texts),
         truncation=longest < 1 << 30,  # some tokenizers say "no limit" with a number that is too large for them

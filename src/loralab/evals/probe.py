@@ -50,14 +50,15 @@ class Probe(Protocol):
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random state untouched."""
-    was_training, random = model.training, torch.get_rng_state()
+    """Evaluation mode, no gradients, random state untouched. Every module is left in its own mode: some belong to two models."""
+    modes, random = {module: module.training for module in model.modules()}, torch.get_rng_state()
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
         torch.set_rng_state(random)
 
 

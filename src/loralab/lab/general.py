@@ -19,8 +19,8 @@ from loralab.lab.probes import text_probes
 from loralab.spec.spec import ProbeSpec, RunSpec
 from loralab.training.loss import LanguageHead
 
-PREDICTED = 8
-"""Tokens of each text that an encoder predicts, each in a row of its own."""
+PREDICTED, FEWEST_TEXTS = 8, 32
+"""Most tokens of each text that an encoder predicts, each in a row of its own; fewer where else there were fewer texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +91,16 @@ def general_probes(
 ) -> list[Probe]:
     """Probe the general text: loss and drift of a decoder, pseudo-loss of an encoder.
 
-    An encoder computes a row for each token that it predicts, so of each text `PREDICTED` are, and there are as many texts as
-    keep what is computed below `probes.tokens`.
+    An encoder computes a row for each token that it predicts, and what it computes stays below `probes.tokens`: of long texts
+    fewer tokens are predicted, so that there are `FEWEST_TEXTS` if that can be.
     """
     if isinstance(general, Corpus):
         return [*text_probes(probes, None, general, LanguageHead(language), without)]
     assert base.tokenizer is not None
     order = np.random.default_rng(0).permutation(len(general))
-    cost = np.array([len(text.tokens) * min(PREDICTED, int(text.scored.sum())) for text in general.texts])[order]
-    fitting = max(1, int((np.cumsum(cost) <= probes.tokens).sum()))
+    lengths = np.array([len(text.tokens) for text in general.texts])[order]
+    scored = np.array([int(text.scored.sum()) for text in general.texts])[order]
+    each = int(np.clip(probes.tokens // max(1, lengths[:FEWEST_TEXTS].sum()), 1, PREDICTED))
+    fitting = max(1, int((np.cumsum(lengths * np.minimum(scored, each)) <= probes.tokens).sum()))
     chosen = [general.texts[i] for i in order[:fitting]]
-    return [MaskedProbe("general", chosen, language, base.tokenizer, positions=PREDICTED)]
+    return [MaskedProbe("general", chosen, language, base.tokenizer, positions=each)]

@@ -88,6 +88,8 @@ def estimate(spec: RunSpec, prepared: Prepared) -> Memory:
     groups = prepared.method.param_groups(1.0, 0.0)
     trained = {id(tensor): tensor for group in groups for tensor in group.tensors.values()}
     still = {name: p for name, p in model.named_parameters() if id(p) not in trained or p.dtype != torch.float32}
+    known = {id(p) for p in model.parameters()}
+    beside = [p for p in prepared.language.parameters() if id(p) not in known] if prepared.language is not None else []
     of_rewards = _bytes(p for name, p in still.items() if REWARD_PAIRS in name)
     tokens, written, passes = _update(spec, prepared)
     head = getattr(prepared.objective, "head", None)
@@ -101,7 +103,7 @@ def estimate(spec: RunSpec, prepared: Prepared) -> Memory:
         getattr(shape, "num_key_value_heads", None) or heads
     )
     return Memory(
-        weights=_bytes(still.values()) - of_rewards,
+        weights=_bytes(still.values()) + _bytes(beside) - of_rewards,
         trained=STATE[spec.optimizer.name] * sum(tensor.numel() for tensor in trained.values()),
         reference=_copies(spec, prepared, trained.values()),
         rewards=of_rewards + _whole_rewards(spec.objective),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Feed
@@ -114,6 +115,8 @@ class Prepared:
     """Score that chooses the best checkpoint, and whether higher is better; None takes the lowest validation loss."""
     limits: Limits | None = None
     """Tells after an evaluation why the run should end, if it should."""
+    language: nn.Module | None = None
+    """What reads general text where the base itself gives scores; it shares the base's backbone."""
 
 
 def prepare_text(spec: RunSpec, objective: TextSpec) -> Prepared:

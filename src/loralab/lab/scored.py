@@ -118,7 +118,7 @@ def prepare_scored(spec: RunSpec, objective: ClassifySpec | RewardSpec) -> Prepa
         data = replace(data, general=general)
         probes += general_probes(spec.probes, general, language, scoring.base, method.without)
     trained = _objective(train, feed, scoring.head, centre)
-    return Prepared(scoring.base, data, method, attachment, trained, probes, None, total, best)
+    return Prepared(scoring.base, data, method, attachment, trained, probes, None, total, best, language=language)
 
 
 def _refuse_what_means_nothing(spec: RunSpec) -> None:
