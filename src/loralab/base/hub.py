@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from loralab.errors import ModelError, did_you_mean
 from loralab.pocket import BASE
@@ -134,3 +138,21 @@ def _fetch(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except OSError as error:  # connections lost, time-outs, HTTP errors, a full disk
         what, fix = f"the download was interrupted: {error}", "run the same command again: it resumes"
     raise ModelError(what, where=where, fix=fix) from None
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the stored tensors one at a time, sorted by name; raises ModelError for a damaged file."""
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in weight_files(folder):
+            try:
+                opened = stack.enter_context(safe_open(file, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"the weights cannot be read: {error}",
+                    where=str(file),
+                    fix="the file is damaged or was cut short: copy or download it again",
+                ) from None
+            where |= dict.fromkeys(opened.keys(), opened)
+        for name, opened in sorted(where.items(), key=lambda item: item[0]):
+            yield name, opened.get_tensor(name)

@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 from loralab.base.attention import NAME
 from loralab.base.device import choose_device, choose_dtype, refuse_quantize
-from loralab.base.hub import find, read_facts, weight_files
+from loralab.base.hub import find, read_facts, stored_tensors
 from loralab.errors import ModelError, did_you_mean
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -115,7 +114,7 @@ def load(
         model = draw_model(folder, settings, kind, trust_remote_code, scoring=outputs is not None).to(place)
         mark = fingerprint(sorted(model.state_dict().items()))
     else:
-        mark = fingerprint(_stored(folder))
+        mark = fingerprint(stored_tensors(folder))
         model, drawn = _read_model(
             folder, settings, kind, place, quantize, trust_remote_code, scoring=outputs is not None
         )
@@ -216,24 +215,6 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read the stored tensors one at a time, sorted by name; raises ModelError for a damaged file."""
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in weight_files(folder):
-            try:
-                opened = stack.enter_context(safe_open(file, "pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"the weights cannot be read: {error}",
-                    where=str(file),
-                    fix="the file is damaged or was cut short: copy or download it again",
-                ) from None
-            where |= dict.fromkeys(opened.keys(), opened)
-        for name, opened in sorted(where.items(), key=lambda item: item[0]):
-            yield name, opened.get_tensor(name)
 
 
 def read_settings(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
