@@ -107,11 +107,11 @@ def test_every_batch_has_an_adapter_of_its_own_that_leaves_nothing_behind(policy
 def test_log_probabilities_from_before_temperature_are_refused_where_they_would_mislead(policy, served):
     url, stand = served
     writer, (first, *_) = writer_of(policy, url), prompts(policy[0])
-    writer.check(first, WARM)
+    writer.check(first, 0.7)
     stand.raw = True
-    writer.check(first, Sampling(temperature=1.0))
+    writer.check(first, 1.0)
     with pytest.raises(EvaluationError, match="before temperature") as refused:
-        writer.check(first, WARM)
+        writer.check(first, 0.7)
     assert "--logprobs-mode processed_logprobs" in str(refused.value)
 
 
@@ -119,7 +119,7 @@ def test_what_a_server_refuses_is_said_with_what_to_do(policy, served):
     url, stand = served
     stand.loads = False
     with pytest.raises(EvaluationError, match="404") as refused:
-        writer_of(policy, url).check(prompts(policy[0])[0], WARM)
+        writer_of(policy, url).check(prompts(policy[0])[0], 0.7)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in str(refused.value)
     with pytest.raises(EvaluationError, match="does not exist"):
         Server(url).complete(model="nobody", prompt=[1], max_tokens=1, temperature=1.0)
@@ -185,7 +185,7 @@ def test_a_folder_that_the_server_cannot_see_is_no_missing_route(policy, served)
     url, stand = served
     stand.refuses = (404, {"error": {"message": "Loading lora x failed: No adapter found for /tmp/x"}})
     with pytest.raises(EvaluationError, match="No adapter found") as refused:
-        writer_of(policy, url).check(prompts(policy[0])[0], WARM)
+        writer_of(policy, url).check(prompts(policy[0])[0], 0.7)
     assert "TMPDIR" in str(refused.value)
 
 
@@ -291,6 +291,15 @@ def test_bad_servers_are_clear_errors(tmp_path, base, served, capsys, keys, said
     words = [f"{key}={value}" for key, value in given.items()]
     assert loralab("train", tmp_path / "policy.yaml", *words, "--runs", tmp_path / "runs") == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_spec_without_a_server_is_what_it_was_before_there_was_the_key(tmp_path, base):
+    given, without = (
+        spec_of(tmp_path, base, "http://localhost:8000", **keys) for keys in ({}, {"objective__server": None})
+    )
+    assert "server" not in without.identity()["objective"] and given.hash8 != without.hash8
+    assert given.identity()["objective"]["server"] == "http://localhost:8000"
+    assert all(RunSpec.model_validate(each.model_dump()) == each for each in (given, without))
 
 
 # What is learned from a stand-in's answers

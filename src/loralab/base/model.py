@@ -178,6 +178,11 @@ def scores_texts(model: nn.Module) -> bool:
     return type(model).__name__.endswith(SCORING)
 
 
+def reads_both_ways(model: nn.Module) -> bool:
+    """Tell an encoder, which predicts masked tokens, from a decoder, which predicts the next."""
+    return type(model).__name__.endswith("MaskedLM")
+
+
 def heads(model: PreTrainedModel) -> list[str]:
     """Name the modules of a model of scores that turn hidden states into scores: all outside its backbone, and a pooler."""
     inner = backbone(model)

@@ -17,7 +17,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loralab.base.model import backbone
+from loralab.base.model import backbone, reads_both_ways
 from loralab.errors import DataError, ModelError
 from loralab.evals.probe import PACKED_TOKENS, Reading, measuring
 from loralab.evals.stats import Score, mean_score
@@ -198,7 +198,7 @@ def _only(model: PreTrainedModel, places: Int[Tensor, " rows"]) -> Iterator[None
 
 
 def _mask_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    if not type(model).__name__.endswith("MaskedLM"):
+    if not reads_both_ways(model):
         what = f"{type(model).__name__} predicts the next token: a masked one means nothing to it"
         raise ModelError(what, where="model.path", fix="measure its loss on the text")
     if tokenizer.mask_token_id is None:

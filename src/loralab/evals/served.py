@@ -162,15 +162,15 @@ class ServedWriter:
         self.server, self.save, self.tokenizer = server, save, tokenizer
         self.stops = Stops(stop_tokens(model, tokenizer), tokenizer)
 
-    def check(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Prove on a prompt that the server loads adapters and says what it draws with.
+    def check(self, prompt: Prompt, temperature: float) -> None:
+        """Prove on a prompt that the server loads adapters, and says what it draws with at this temperature.
 
         Raises:
             EvaluationError: it cannot be reached, does not load adapters, or tells log-probabilities from before temperature.
         """
         with self._adapter():
             pass
-        if sampling.temperature == 1:
+        if temperature == 1:
             return
         ask = partial(self.server.complete, model=self.server.base(), prompt=prompt.tokens, max_tokens=1, logprobs=1)
         plain, flat = (ask(temperature=heat, top_p=1.0, top_k=0)[0].likeliest for heat in (1.0, HOT))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loralab.base.model import Base, load
+from loralab.base.model import Base, load, reads_both_ways
 from loralab.delta.several import Wardrobe
 from loralab.errors import DataError, EvaluationError, ModelError
 from loralab.evals.catalogue import load_tasks
@@ -71,7 +71,7 @@ def evaluate(
     if out is not None:
         refuse_folder(out)
     base = load(model, device=device, **wanted)
-    if type(base.model).__name__.endswith("MaskedLM"):
+    if reads_both_ways(base.model):
         fix = "its pseudo-log-likelihood is a probe; take a causal language model here"
         raise ModelError("a model that reads both ways cannot answer these tasks", where=model, fix=fix)
     assert base.tokenizer is not None

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from loralab.base.corpus import Corpus, tokenise
-from loralab.base.model import Base, longest_text
+from loralab.base.model import Base, longest_text, reads_both_ways
 from loralab.base.reader import Reader, Report, SourceReport, nothing_left
 from loralab.base.sources import read_rows
 from loralab.evals.masked import MaskedProbe, MaskedText, masked_texts
@@ -75,11 +75,6 @@ def read_general(spec: RunSpec, base: Base, language: PreTrainedModel) -> Corpus
             raise nothing_left(reader.report, data.max_length)
         texts, reports = texts + found, [*reports, reader.report]
     return MaskedCorpus(texts, Report(tuple(reports)))
-
-
-def reads_both_ways(language: PreTrainedModel) -> bool:
-    """Tell an encoder, which predicts masked tokens, from a decoder, which predicts the next."""
-    return type(language).__name__.endswith("MaskedLM")
 
 
 def general_probes(

@@ -117,7 +117,7 @@ def prepare_policy(spec: RunSpec, objective: PolicySpec) -> Prepared:
     stand_in = None
     if objective.server is not None:
         stand_in = ServedWriter(Server(objective.server), method.save, base.model, base.tokenizer)
-        stand_in.check(data.train.asked[0].prompt, Sampling(objective.temperature, objective.top_p))
+        stand_in.check(data.train.asked[0].prompt, objective.temperature)
     batches = Batches(data.train, batch_size=spec.train.batch_size, seed=spec.seed)
     rollouts = Rollouts(
         stand_in or writer,

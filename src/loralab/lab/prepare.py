@@ -12,7 +12,7 @@ from torch import nn
 from loralab.base.corpus import Corpus, tokenise
 from loralab.base.data import Feed
 from loralab.base.hub import find
-from loralab.base.model import Base, load, longest_text
+from loralab.base.model import Base, load, longest_text, reads_both_ways
 from loralab.base.packing import pack
 from loralab.base.repeated import repeated, with_repeated
 from loralab.base.sources import Source, Template, content_sha256, local_files
@@ -92,9 +92,8 @@ class Data:
         """Count what became of every row."""
         corpora = {"train": self.train, "validation": self.validation, "general": self.general}
         found = {name: corpus.report.as_dict() for name, corpus in corpora.items() if corpus is not None}
-        if self.validation is None or isinstance(
-            self.feed, StreamingFeed
-        ):  # a stream leaves held-out rows out by itself
+        # A stream leaves held-out rows out by itself.
+        if self.validation is None or isinstance(self.feed, StreamingFeed):
             return found
         return with_repeated(found, repeated(self.train, self.validation))
 
@@ -239,7 +238,7 @@ def load_base(spec: RunSpec, outputs: int | None = None) -> Base:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # of model.random_init, and of a new head
         base = load(**spec.model.model_dump(exclude={"delta"}), outputs=outputs)
-    if outputs is None and type(base.model).__name__.endswith("MaskedLM"):
+    if outputs is None and reads_both_ways(base.model):
         raise ModelError(
             f"{type(base.model).__name__} reads both ways: predicting the next token means nothing to it",
             where="model.path",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.base.device import choose_device, choose_dtype
-from loralab.base.model import Base
+from loralab.base.model import Base, reads_both_ways
 from loralab.delta.lowrank import Delta, LowRank
 from loralab.errors import DeltaError, EvaluationError, ModelError
 from loralab.evals.probe import Cost, counting
@@ -143,7 +143,7 @@ def sweep(
     subject = open_subject(base, delta, **place, trust_remote_code=trust_remote_code)
     assert subject.base is not None
     _refuse_small_rank(subject, rank)
-    if type(subject.base.model).__name__.endswith("MaskedLM"):
+    if reads_both_ways(subject.base.model):
         fix = "take a causal language model"
         raise ModelError("a model that reads both ways cannot answer tasks", where=subject.base_path, fix=fix)
     path = None if out is None else claim_folder(out)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loralab.spec.strict import Count, NotNegative, Positive, Share, Strict, contradiction
+from loralab.spec.strict import Count, Grown, NotNegative, Positive, Share, Strict, contradiction
 
 
 class TextSpec(Strict):
@@ -70,8 +70,10 @@ class RewardSourceSpec(Strict):
     """Seconds that a function of yours may take for one batch."""
 
 
-class PolicySpec(Strict):
+class PolicySpec(Grown):
     """Reinforcement learning: J = E[(1 − beta) r − beta KL(policy ‖ base)] over answers that the policy writes. P5 section 3."""
+
+    LATER = ("server",)
 
     name: Literal["policy"] = "policy"
     algorithm: Literal["reinforce", "rloo", "grpo"] = "reinforce"

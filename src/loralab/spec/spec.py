@@ -14,23 +14,23 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from loralab.spec.method import LoraSpec, MethodSpec
 from loralab.spec.objective import ObjectiveSpec, TextSpec
-from loralab.spec.strict import Count, Patterns, Positive, Share, Strict, contradiction
+from loralab.spec.strict import Count, Grown, Patterns, Positive, Share, Strict, contradiction
 from loralab.spec.training import AdamWSpec, CosineSpec, OptimizerSpec, ScheduleSpec, TrainSpec
 
 FULL_LEARNING_RATE = 2e-5
 LOW_RANK_LEARNING_RATE_RATIO = 10.0
 
 
-class ModelSpec(Strict):
+class ModelSpec(Grown):
     """The base: a folder or hub id with everything needed to load it the same way again."""
+
+    LATER = ("delta",)
 
     path: str
     """A folder with a Hugging Face model, a hub id, or `pocket`: the small base that comes with the package.
@@ -57,12 +57,6 @@ class ModelSpec(Strict):
     begins from the merged weights). KL, drift and forgetting are then distances from base and delta, spectra are of what
     is learned on top; reward models act on the base alone, and the run's own `delta` is the sum.
     """
-
-    @model_serializer(mode="wrap")
-    def _without_a_delta_as_before_there_was_the_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the key out where it says nothing: runs begun before there was one keep their spec and hash."""
-        found: dict[str, Any] = dump(self)
-        return {key: value for key, value in found.items() if key != "delta" or value is not None}
 
 
 class TemplateSpec(Strict):

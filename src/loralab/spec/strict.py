@@ -1,8 +1,15 @@
 """What every spec class shares: strictness, and the kinds of values."""
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,3 +40,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class Grown(Strict):
+    """A model that got keys after runs had been begun: where they say nothing they are left out, so that specs keep their hash."""
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Keys that came later; None is what was before there were any."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_the_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if key not in self.LATER or value is not None}
